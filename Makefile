@@ -1,0 +1,40 @@
+# `make train` and `make test` are all that a fresh machine needs; `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-all check lint types clean
+
+help:  ## list these commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(INSTALLED)  ## only the environment, in .venv
+
+$(INSTALLED): requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.txt -e .
+	@touch $@
+
+train: install  ## the quickstart: digits, a few minutes on a CPU, ends in a k-NN accuracy
+	$(BIN)/python train.py
+
+test: install  ## the tests, under 10 minutes on 2 cores
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install  ## all tests, the slow proofs too
+	$(BIN)/python -m pytest
+
+check: lint types test  ## what CI runs
+
+lint: install  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install  ## mypy --strict on src/dino
+	$(BIN)/mypy --strict src/dino
+
+clean:  ## remove the environment and caches; outputs/ stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

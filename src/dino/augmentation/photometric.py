@@ -1,0 +1,221 @@
+"""Colour jitter, grayscale, blur, solarize and normalisation of a batch, every sample with its own parameters.
+
+The arithmetic is that of `torchvision.transforms.v2.functional` on floats, except for the blur: that is the exact
+Gaussian with replicated edges which Pillow's GaussianBlur (the original's) approximates. The original rounds to uint8
+after every operation, this does not.
+
+On CUDA nothing waits for the device: which samples an operation touches is decided on the host, and all index tensors
+travel in one copy that does not block.
+
+Shapes: N images, n those an operation touches, C channels, S x S image size.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino.augmentation.views import JITTER_OPERATIONS, JITTER_ORDERS, PhotometricParameters
+
+# ITU-R 601 luma, as torchvision's rgb_to_grayscale has it.
+_LUMA: Final = (0.2989, 0.587, 0.114)
+_BLUR_TILE: Final = 32  # output pixels per matrix product: small ones save arithmetic, large ones calls
+_BLUR_SIGMAS: Final = 4  # the Gaussian is cut at so many standard deviations
+
+
+@dataclass(frozen=True)
+class Application:
+    """One operation on some of the images."""
+
+    operation: str
+    indices: Tensor  # [n] int64, which images
+    values: Tensor  # [n] float32, the parameter of each; grayscale and solarize have none and ignore it
+
+
+@dataclass(frozen=True)
+class PhotometricSettings:
+    """What is the same for all images."""
+
+    mean: Sequence[float]  # of each channel, for values in [0, 1]
+    std: Sequence[float]
+    solarize_threshold: float  # images are solarized from this value on, in 0..255
+    largest_blur_sigma: float  # of any image of any batch, in pixels; it decides how far filters reach
+
+
+def apply_photometric(images: Tensor, parameters: PhotometricParameters, settings: PhotometricSettings) -> Tensor:
+    """Turns uint8 images into what the network sees.
+
+    Args:
+        images: uint8 [N, C, S, S], on any device.
+        parameters: each [N], on the host.
+
+    Returns:
+        float32 [N, C, S, S] on the device of `images`, normalised.
+    """
+    # Blur is a matrix product, which autocast would round to bfloat16.
+    with torch.autocast(images.device.type, enabled=False):
+        floats = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
+        operations = _operations(settings)
+        for part in to_device(plan(parameters), images.device):
+            operation = operations[part.operation]
+            if len(part.indices) == len(floats):
+                floats = operation(floats, part.values).contiguous()
+            else:
+                floats.index_copy_(0, part.indices, operation(floats.index_select(0, part.indices), part.values))
+        return _normalise(floats, settings.mean, settings.std)
+
+
+def plan(parameters: PhotometricParameters) -> list[Application]:
+    """What is applied to which images, in order; neutral operations are skipped.
+
+    Images whose n-th jitter operation is the same are handled at once.
+
+    Args:
+        parameters: each [N].
+    """
+    factors = [parameters.brightness, parameters.contrast, parameters.saturation, parameters.hue]
+    neutral = (1.0, 1.0, 1.0, 0.0)
+    applied = torch.stack([factor != rest for factor, rest in zip(factors, neutral, strict=True)], dim=1)  # [N, 4]
+    orders = torch.tensor([[JITTER_OPERATIONS.index(name) for name in order] for order in JITTER_ORDERS])
+    order = orders[parameters.order]  # [N, 4], operation at each place
+    applied_at = applied.gather(1, order)
+    # An image's n-th operation, not counting those that are neutral.
+    turn = torch.where(applied_at, applied_at.cumsum(1), 0)
+    parts = [
+        _application(name, ((turn == k) & (order == o)).any(dim=1), factors[o])
+        for k in range(1, len(JITTER_OPERATIONS) + 1)
+        for o, name in enumerate(JITTER_OPERATIONS)
+    ]
+    parts.append(_application("grayscale", parameters.grayscale, parameters.hue))
+    parts.append(_application("blur", parameters.blur_sigma > 0, parameters.blur_sigma))
+    parts.append(_application("solarize", parameters.solarize, parameters.hue))
+    return [part for part in parts if len(part.indices)]
+
+
+def _application(operation: str, mask: Tensor, values: Tensor) -> Application:
+    indices = mask.nonzero()[:, 0]
+    return Application(operation, indices, values[indices])
+
+
+def to_device(parts: list[Application], device: torch.device) -> list[Application]:
+    """The same with tensors on `device`, sent in two copies that do not block."""
+    if device.type == "cpu" or not parts:
+        return parts
+    sizes = [len(part.indices) for part in parts]
+    indices, values = torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts])
+    if device.type == "cuda":
+        indices, values = indices.pin_memory(), values.pin_memory()
+    indices, values = indices.to(device, non_blocking=True), values.to(device, non_blocking=True)
+    split = zip(parts, torch.split(indices, sizes), torch.split(values, sizes), strict=True)
+    return [Application(part.operation, of_part, its_values) for part, of_part, its_values in split]
+
+
+def brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Scales every value: [n, C, S, S] by [n]."""
+    return (images * _per_image(factor)).clamp_(0, 1)
+
+
+def contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Away from or towards the image's mean gray; without the three colours, its mean over all channels."""
+    gray = _luma(images) if images.shape[1] == 3 else images
+    return _blend(images, gray.mean(dim=(1, 2, 3), keepdim=True), factor)
+
+
+def saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Away from or towards the gray image."""
+    return _blend(images, _luma(images), factor)
+
+
+def hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turns the hue of HSV by `shift` (1 = the whole circle), at the same saturation and value."""
+    red, green, blue = images.unbind(dim=1)  # [n, S, S] each
+    value = images.amax(dim=1)
+    chroma = value - images.amin(dim=1)
+    divisor = torch.where(chroma == 0, 1, chroma)
+    sector = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    sector = sector + 6 * shift[:, None, None]
+    turned = torch.empty_like(images)
+    for channel, offset in enumerate((5, 3, 1)):
+        k = (sector + offset).remainder_(6)
+        # Falls from `value` by the chroma over a third of the circle.
+        weight = torch.minimum(k, 4 - k).clamp_(0, 1)
+        torch.sub(value, weight.mul_(chroma), out=turned[:, channel])
+    return turned
+
+
+def grayscale(images: Tensor) -> Tensor:
+    """Three equal channels."""
+    return _luma(images).expand_as(images)
+
+
+def blur(images: Tensor, sigma: Tensor, reach: int) -> Tensor:
+    """Gaussian blur with replicated edges, `sigma` [n] and `reach` (of the filter to each side) in pixels."""
+    filters = blur_filters(sigma, reach, tile=min(_BLUR_TILE, images.shape[-1]))
+    return _filter_across(_filter_across(images, filters, reach).transpose(2, 3), filters, reach).transpose(2, 3)
+
+
+def blur_filters(sigma: Tensor, reach: int, tile: int) -> Tensor:
+    """Weights of reach + tile + reach input pixels in `tile` output pixels: [n] -> [n, tile + 2 * reach, tile]."""
+    offset = torch.arange(-reach, tile + reach, device=sigma.device)[:, None] - torch.arange(tile, device=sigma.device)
+    exponent = -0.5 * (offset / sigma[:, None, None]).square()
+    # What exp(-80) stands for is nothing in float32 already; smaller results are denormal, which is slow on CPUs.
+    weights = exponent.clamp_(min=-80).exp_().masked_fill_(offset.abs() > reach, 0)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _filter_across(images: Tensor, filters: Tensor, reach: int) -> Tensor:
+    """Filters along the last side: one matrix product for each image, over tiles that overlap by twice the reach."""
+    n, num_channels, height, width = images.shape
+    tile = filters.shape[-1]
+    num_tiles = -(-width // tile)
+    padded = F.pad(images, (reach, reach + num_tiles * tile - width, 0, 0), mode="replicate")
+    tiles = padded.unfold(-1, tile + 2 * reach, tile).reshape(n, num_channels * height * num_tiles, tile + 2 * reach)
+    return torch.bmm(tiles, filters).view(n, num_channels, height, num_tiles * tile)[..., :width]
+
+
+def solarize(images: Tensor, threshold: float) -> Tensor:
+    """Inverts values from `threshold` on."""
+    return torch.where(images >= threshold, 1 - images, images)
+
+
+def _normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x - mean) / std, without tensors that would have to be sent to the device."""
+    channels = [channel.sub_(m).div_(s) for channel, m, s in zip(images.unbind(1), mean, std, strict=True)]
+    assert len(channels) == images.shape[1]
+    return images
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values[:, None, None, None]
+
+
+def _luma(images: Tensor) -> Tensor:
+    red, green, blue = images.unbind(dim=1)
+    return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue)[:, None]  # [n, 1, S, S]
+
+
+def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(other.expand_as(images), images, _per_image(factor)).clamp_(0, 1)
+
+
+def _operations(settings: PhotometricSettings) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Every operation as a function of images [n, C, S, S] and one parameter each [n], unused where it has none."""
+    threshold = settings.solarize_threshold / 255
+    reach = math.ceil(_BLUR_SIGMAS * settings.largest_blur_sigma)
+    return {
+        "brightness": brightness,
+        "contrast": contrast,
+        "saturation": saturation,
+        "hue": hue,
+        "grayscale": lambda images, _: grayscale(images),
+        "blur": lambda images, sigma: blur(images, sigma, reach),
+        "solarize": lambda images, _: solarize(images, threshold),
+    }

@@ -1,0 +1,134 @@
+"""Any network of timm as a backbone (`backbone=timm backbone.model_name=...`).
+
+Shapes: N images, C channels, H x W pixels, D features.
+"""
+
+import difflib
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from dino.backbone.base import Backbone, check_at_least
+from dino.backbone.weights import fetch, load_initial_weights
+
+
+class TimmBackbone(Backbone):
+    """A timm network without its classifier; its feature is timm's pooled one.
+
+    Args:
+        model_name: as timm lists it, e.g. `convnext_tiny` or `vit_small_patch16_224.dino`.
+        patch_size: view sizes are fitted to multiples of this [pixels]; for a ViT set its patch.
+        image_size: side of the global views [pixels]; a ViT's position table is made for it.
+        channels: C.
+        drop_path_rate: stochastic depth, for networks that have it.
+        weights: file to start from (`load_weights`), teacher's weights where it has both.
+        pretrained: start from timm's weights for `model_name`, downloaded.
+
+    Raises:
+        ValueError: for an unknown name, and for what the network does not have.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_name: str,
+        patch_size: int = 1,
+        image_size: int = 224,
+        channels: int = 3,
+        drop_path_rate: float = 0.0,
+        weights: str | None = None,
+        pretrained: bool = False,
+    ) -> None:
+        super().__init__()
+        check_at_least("backbone", 1, patch_size=patch_size, image_size=image_size, channels=channels)
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"backbone.drop_path_rate={drop_path_rate}: must be at least 0 and below 1")
+        _check_name(model_name, pretrained)
+        self.model_name, self.image_size = model_name, image_size
+        if pretrained and weights is not None:
+            raise ValueError(f"backbone.weights={weights} and backbone.pretrained=true exclude each other; choose one")
+        self.network = _create(model_name, pretrained, channels, image_size, drop_path_rate)
+        # Some networks end in one more layer after the pooling, whose width is this.
+        width: Any = getattr(self.network, "head_hidden_size", None) or self.network.num_features
+        self.embed_dim = int(width)
+        patch = _patch_size(self.network)
+        if patch_size > 1 and patch_size % patch:
+            raise ValueError(f"backbone.patch_size={patch_size}: {model_name} has patches of {patch}; set that")
+        self.patch_size = max(patch, patch_size)
+        self.check_image_size(image_size)
+        load_initial_weights(self, weights, None)
+
+    def published(self) -> nn.Module:
+        return self.network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`[N, C, H, W]` -> `[N, D]`.
+
+        Raises:
+            ValueError: for H or W that are not multiples of the patch, or not those that the network is made for.
+        """
+        height, width = images.shape[-2:]
+        self.check_size(height, width)
+        try:
+            features: Tensor = self.network(images)
+        except (AssertionError, RuntimeError) as error:
+            # timm's networks of a fixed size say so in one of these ways.
+            fixed = isinstance(error, AssertionError) or "size of tensor" in str(error)
+            if not fixed or (height, width) == (self.image_size, self.image_size):
+                raise
+            raise ValueError(
+                f"backbone.model_name={self.model_name} takes only images of {self.image_size} x {self.image_size} "
+                f"pixels, not {height} x {width}: use augmentation.num_local_views=0 or another network"
+            ) from error
+        return features
+
+
+def _check_name(model_name: str, pretrained: bool) -> None:
+    import timm  # late: 8 s
+
+    name, _, tag = model_name.partition(".")
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"close names: {', '.join(close)}" if close else "timm.list_models() lists them all"
+        raise ValueError(f"backbone.model_name={model_name}: timm has no such network; {hint}")
+    tags = [published.partition(".")[2] for published in timm.list_pretrained(f"{name}.*")]
+    if tag and tag not in tags:
+        known = f"it has {', '.join(tags)}" if tags else "it has none"
+        raise ValueError(f"backbone.model_name={model_name}: {name} has no weights called {tag}; {known}")
+    if pretrained and not timm.models.is_model_pretrained(model_name):
+        raise ValueError(f"backbone.pretrained=true: timm has no weights for {model_name}")
+
+
+def _create(model_name: str, pretrained: bool, channels: int, image_size: int, drop_path_rate: float) -> nn.Module:
+    """Builds the network with those of the options that it takes: only its constructor knows which."""
+    from timm import create_model
+
+    options: dict[str, Any] = {
+        "drop_path_rate": drop_path_rate,
+        "img_size": image_size,
+        "dynamic_img_size": True,  # plain ViTs: several sizes
+        "strict_img_size": False,  # Swin and relatives: several sizes
+    }
+    shape: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
+    while True:
+        try:
+            network: nn.Module = create_model(model_name, **shape, **options)
+            break
+        except TypeError as error:
+            refused = options.keys() & re.findall(r"'(\w+)'", str(error).partition("unexpected keyword argument")[2])
+            if not refused:
+                raise
+            if "drop_path_rate" in refused and drop_path_rate > 0:
+                text = f"backbone.drop_path_rate={drop_path_rate}: {model_name} has no drop path; use 0"
+                raise ValueError(text) from error
+            options = {name: value for name, value in options.items() if name not in refused}
+    if pretrained:
+        network = fetch(lambda: create_model(model_name, pretrained=True, **shape, **options))
+    return network
+
+
+def _patch_size(network: nn.Module) -> int:
+    """A ViT's patch, 1 for others."""
+    size = getattr(getattr(network, "patch_embed", None), "patch_size", 1)
+    return int(size[0] if isinstance(size, tuple | list) else size)

@@ -1,0 +1,96 @@
+"""The `dino` command: looking at data, views and the loss without training. Arguments are overrides, as of train.py."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Column, Table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Looks at data, views and the loss of DINO runs.")
+data = typer.Typer(no_args_is_help=True, help="What is learned from.")
+debug = typer.Typer(no_args_is_help=True, help="What happens inside a step.")
+app.add_typer(data, name="data")
+app.add_typer(debug, name="debug")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value and group=option, as of train.py")]
+
+
+def _config(overrides: list[str] | None) -> DictConfig:
+    """The checked config, or an exit with code 2 and one sentence a problem."""
+    from dino.launch import exit_with
+    from dino.messages import ConfigError
+    from dino.validation import checked
+
+    try:
+        config, warnings = checked(overrides or [])
+    except ConfigError as error:
+        exit_with(error.problems)
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    return config
+
+
+@data.command("check")
+def data_check(overrides: Overrides = None) -> None:
+    """Counts, sizes, modes, unreadable files, exact duplicates and steps per epoch of a dataset."""
+    from dino.config import build
+    from dino.dataset import check
+    from dino.launch import answering_bad_values
+
+    config = _config(overrides)
+    with answering_bad_values():
+        dataset = build(config, "dataset")
+        report = check(dataset, dataset.batch_size * config.trainer.accumulate_steps)
+    table = Table(Column(), Column(overflow="fold"), show_header=False, title=dataset.name)  # paths are never cut
+    for row in report.rows():
+        table.add_row(*(str(cell) for cell in row))
+    Console().print(table)
+    if report.num_unreadable or report.steps_per_epoch == 0:
+        raise typer.Exit(1)
+
+
+@data.command("preview")
+def data_preview(
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="the picture that is written")] = Path("views.png"),
+    num_images: Annotated[int, typer.Option(min=1, help="how many images, one a row")] = 8,
+) -> None:
+    """A picture of the views of some images, as the student sees them in the first epoch."""
+    from dino.augmentation import preview
+    from dino.config import build
+    from dino.dataset import ShuffledSampler
+    from dino.launch import answering_bad_values
+
+    config = _config(overrides)
+    with answering_bad_values():
+        dataset = build(config, "dataset")
+        mean, std = dataset.normalization()
+        augmentation = build(config, "augmentation", mean=mean, std=std)
+        source = dataset.train()
+        sampler = ShuffledSampler(len(source), min(num_images, len(source)), config.seed)
+        views = augmentation(source, next(iter(sampler.batches(0))), seed=config.seed, epoch=0)
+        preview(augmentation.photometric(views), output, mean, std)
+    typer.echo(f"{output}: {len(views.indices)} images of {dataset.name}, one a row; global views first")
+
+
+@debug.command("loss")
+def debug_loss(overrides: Overrides = None) -> None:
+    """One batch through student, teacher and loss: every intermediate, and whether what must hold does."""
+    config = _config(overrides)
+    from dino.debug import inspect_loss
+    from dino.launch import answering_bad_values
+
+    with answering_bad_values():
+        inspection = inspect_loss(config)
+    width = max(len(row.name) for row in inspection.rows) + 2
+    typer.echo(f"{'tensor':<{width}}{'shape':<24}{'min':>12}{'max':>12}{'mean':>12}")
+    for row in inspection.rows:
+        shape = f"[{', '.join(map(str, row.shape))}]"
+        typer.echo(f"{row.name:<{width}}{shape:<24}{row.low:>12.5g}{row.high:>12.5g}{row.mean:>12.5g}")
+    for check in inspection.checks:
+        verdict = {True: "ok", False: "WRONG", None: "not checked"}[check.holds]
+        typer.echo(f"{verdict:<12}{check.name} ({check.detail})")
+    if not inspection.sound:
+        raise typer.Exit(1)

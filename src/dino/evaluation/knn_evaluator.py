@@ -1,0 +1,121 @@
+"""k-NN on the teacher's features during training (original: eval_knn.py), with raw pixels as the mark to beat.
+
+Shapes: N images, C channels, D features.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dino.dataset import Source
+from dino.evaluation.features import extract_features
+from dino.evaluation.inputs import EvaluationInputs
+from dino.evaluation.knn import KNNResult, knn_classify
+from dino.evaluation.splits import Once, evaluation_loader, limited, smaller
+
+# Raw pixels take C * size^2 values an image: at 224 px all of ImageNet would be 770 GB.
+MAX_PIXEL_VALUES = 2**28  # of one split; 1 GiB in float32
+
+
+@dataclass(kw_only=True)
+class KNNEvaluator:
+    """Classifies the held-out split by its nearest neighbours in the training split.
+
+    The first k gives `val/knn_top1` and `val/knn_top5` [%]; each further k appends `_k<k>` to these names. At step 0
+    the same keys show the untrained network, and `val/knn_top1_pixels` shows the first k on the raw pixels that the
+    network is given: at the evaluation size, normalised (cosine similarity says more about centered values).
+
+    Args:
+        every_epochs: period; read by the trainer.
+        neighbours: each k.
+        temperature: a neighbour votes with exp(cosine similarity / temperature).
+        max_bank: at most so many training images vote; None: all.
+        pixel_baseline: whether raw pixels are classified at step 0.
+
+    Raises:
+        ValueError: for a number out of its range, naming the key.
+    """
+
+    every_epochs: int = 10
+    neighbours: list[int] = field(default_factory=lambda: [20])
+    temperature: float = 0.07
+    max_bank: int | None = None
+    pixel_baseline: bool = True
+    _once: Once = field(default_factory=Once, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        name = "evaluation.knn"
+        if self.every_epochs < 1:
+            raise ValueError(f"{name}.every_epochs={self.every_epochs}: use a whole number of at least 1")
+        distinct = len(set(self.neighbours)) == len(self.neighbours)
+        if not self.neighbours or min(self.neighbours) < 1 or not distinct:
+            raise ValueError(f"{name}.neighbours={self.neighbours}: list different whole numbers of at least 1")
+        if not self.temperature > 0:
+            raise ValueError(f"{name}.temperature={self.temperature}: use a number above 0, such as 0.07")
+        if self.max_bank is not None and self.max_bank < 1:
+            raise ValueError(f"{name}.max_bank={self.max_bank}: use a whole number of at least 1, or null")
+
+    def evaluate(self, inputs: EvaluationInputs) -> dict[str, float]:
+        """Metrics in percent; none, with one line in the log, where labels or a held-out split are missing.
+
+        The teacher runs in evaluation mode and is put back into its own afterwards.
+        """
+        splits = inputs.dataset.evaluation()
+        if splits is None:
+            self._once.say(f"no k-NN: dataset {inputs.dataset.name} has no held-out split")
+            return {}
+        bank, held_out = splits
+        if bank.labels is None or held_out.labels is None:
+            self._once.say(f"no k-NN: dataset {inputs.dataset.name} has no labels")
+            return {}
+        bank = limited(bank, smaller(inputs.limit_samples, self.max_bank))
+        held_out = limited(held_out, inputs.limit_samples)
+        metrics: dict[str, float] = {}
+        for position, (k, result) in enumerate(self._features(inputs, bank, held_out).items()):
+            suffix = f"_k{k}" if position else ""
+            metrics |= {f"val/knn_top1{suffix}": result.top1, f"val/knn_top5{suffix}": result.top5}
+        if inputs.untrained and self.pixel_baseline:
+            metrics["val/knn_top1_pixels"] = self._pixels(inputs, bank, held_out).top1
+        return metrics
+
+    def _features(self, inputs: EvaluationInputs, bank: Source, held_out: Source) -> dict[int, KNNResult]:
+        mean, std = inputs.dataset.normalization()
+
+        def extract(source: Source) -> tuple[Tensor, Tensor]:
+            loader = evaluation_loader(source, inputs.dataset)
+            backbone = inputs.model.teacher.backbone
+            features, labels = extract_features(backbone, loader, inputs.device, inputs.autocast, mean=mean, std=std)
+            assert labels is not None
+            return features, labels
+
+        return self._classify(inputs, extract(bank), extract(held_out), self.neighbours)
+
+    def _pixels(self, inputs: EvaluationInputs, bank: Source, held_out: Source) -> KNNResult:
+        mean, std = inputs.dataset.normalization()
+        channels, size = inputs.dataset.channels, inputs.dataset.evaluation_size
+        limit = max(1, MAX_PIXEL_VALUES // (channels * size**2))
+        if max(len(bank), len(held_out)) > limit:
+            self._once.say(f"k-NN on raw pixels: {limit} images of each split, so that they fit into memory")
+
+        def extract(source: Source) -> tuple[Tensor, Tensor]:
+            loader = evaluation_loader(limited(source, limit), inputs.dataset)
+            cpu = torch.device("cpu")
+            pixels, labels = extract_features(lambda images: images.flatten(1), loader, cpu, mean=mean, std=std)
+            assert labels is not None
+            return pixels, labels
+
+        k = self.neighbours[0]
+        return self._classify(inputs, extract(bank), extract(held_out), [k])[k]
+
+    def _classify(
+        self,
+        inputs: EvaluationInputs,
+        bank: tuple[Tensor, Tensor],
+        held_out: tuple[Tensor, Tensor],
+        neighbours: list[int],
+    ) -> dict[int, KNNResult]:
+        classes = inputs.dataset.num_classes
+        if classes is None:
+            classes = 1 + int(max(bank[1].max(), held_out[1].max()))
+        return knn_classify(*bank, *held_out, classes, neighbours, self.temperature, device=inputs.device)

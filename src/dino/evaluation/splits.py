@@ -1,0 +1,40 @@
+"""Which images are evaluated: all of a split, or a sample of it that is always the same."""
+
+import logging
+
+from dino.dataset import EvaluationLoader, ImageDataset, Source, SubsetSource, spread_indices
+
+log = logging.getLogger("dino")
+
+
+def smaller(*limits: int | None) -> int | None:
+    """The smallest of the limits that are given; None if none is."""
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def limited(source: Source, limit: int | None) -> Source:
+    """`source`, or a sample of it that is spread over all of it."""
+    return source if limit is None or limit >= len(source) else SubsetSource(source, spread_indices(len(source), limit))
+
+
+def evaluation_loader(source: Source, dataset: ImageDataset) -> EvaluationLoader:
+    """Reads `source` as `dataset` is evaluated: resized, cropped to the center, in order, none left out."""
+    return EvaluationLoader(
+        source,
+        size=dataset.evaluation_size,
+        resize=dataset.evaluation_resize,
+        batch_size=dataset.batch_size,
+        num_workers=dataset.num_workers,
+    )
+
+
+class Once:
+    """Says each sentence a single time, however often an evaluator comes by."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def say(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            log.info(sentence)

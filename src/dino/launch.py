@@ -1,0 +1,197 @@
+"""The way from a command line to a run: bad input is answered in one sentence each, before anything starts.
+
+Hydra keeps what it does well (`--help`, `--cfg`, `--info`, shell completion, single runs, multiruns); its handling of
+errors is replaced, because it shows tracebacks of its own and exits with 1 for a misspelt key.
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn, cast
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from dino.config import CONF, ROOT, compose, raw_settings
+from dino.messages import ConfigError, did_you_mean, report
+from dino.overrides import parsed
+from dino.presets import fit_presets, leaves
+from dino.validation import checked
+
+Task = Callable[[DictConfig], None]
+
+EXIT_FAILED, EXIT_BAD_CONFIGURATION = 1, 2
+# After these a sweep does not go on to its next point: interrupted by hand, or preempted.
+STOPS_A_SWEEP = (130, 75)
+
+
+def main(task: Task) -> Callable[[], None]:
+    """Makes `task` the main function of a script whose arguments are Hydra's.
+
+    The process exits with the code of the `SystemExit` that the task raises, with 1 for any other exception, and with 2
+    for bad input, of which nothing is left behind: every point of a multirun is checked before the first starts.
+    """
+
+    @functools.wraps(task)
+    def start() -> None:
+        _refuse_several_processes()
+        arguments = _arguments(sys.argv[1:])
+        if not _only_shows(arguments):
+            _refuse_bad_input(arguments)
+        failures: list[str] = []
+        guarded = _guarded(task, failures, is_sweep=arguments.multirun)
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=ROOT)(guarded)()
+        if failures:
+            print("\n".join([f"{len(failures)} of the points failed:", *failures]), file=sys.stderr)
+            raise SystemExit(EXIT_FAILED)
+
+    return start
+
+
+def run_directory(config: DictConfig) -> Path:
+    """Where this run's files go, absolute: `run_dir`, or the point's own directory inside a multirun."""
+    if HydraConfig.initialized():
+        return Path(HydraConfig.get().runtime.output_dir)
+    return Path(config.run_dir).absolute()
+
+
+@contextlib.contextmanager
+def answering_bad_values() -> Iterator[None]:
+    """A `ValueError` inside (a wrong value that only data or machine can tell) ends the process as bad input does."""
+    try:
+        yield
+    except ConfigError as error:
+        exit_with(error.problems)
+    except ValueError as error:
+        exit_with([str(error)])
+
+
+def _refuse_several_processes() -> None:
+    """Several processes would each be a run of its own, all writing to one directory."""
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        exit_with(
+            [f"WORLD_SIZE={world_size}: a run is one process; trainer.accumulate_steps gives the same large batch"]
+        )
+
+
+def exit_with(problems: Sequence[str]) -> NoReturn:
+    """Prints one line a problem and ends the process as one with a bad configuration."""
+    print(report(problems), file=sys.stderr)
+    raise SystemExit(EXIT_BAD_CONFIGURATION)
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+def _arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Hydra's arguments; an unknown option is a problem of ours, since most are settings written with dashes."""
+    arguments, unknown = get_args_parser().parse_known_args(words)
+    if unknown:
+        options = [_unknown_option(word) for word in unknown if word.startswith("-")]
+        exit_with(options or [f"{word}: write options such as -m first, then all settings" for word in unknown])
+    for option in ("config_name", "config_path", "config_dir"):
+        if getattr(arguments, option) is not None:
+            exit_with(
+                [f"--{option.replace('_', '-')}: configs are read from {CONF}; put your file into one of its groups"]
+            )
+    return arguments
+
+
+def _unknown_option(word: str) -> str:
+    name = word.lstrip("-").partition("=")[0].replace("-", "_")
+    keys = [key for key in _all_keys() if key.split(".")[-1] == name]
+    hint = f", such as {keys[0]}=VALUE" if keys else did_you_mean(name, _all_keys())
+    return f"{word}: no such option; settings are written key=value without dashes{hint}"
+
+
+def _all_keys() -> list[str]:
+    return list(leaves(raw_settings(compose([]))))
+
+
+def _only_shows(arguments: argparse.Namespace) -> bool:
+    shows = (arguments.help, arguments.hydra_help, arguments.cfg, arguments.info, arguments.shell_completion)
+    return any(shows) or arguments.experimental_rerun is not None
+
+
+def _refuse_bad_input(arguments: argparse.Namespace) -> None:
+    try:
+        points = _points(arguments.overrides) if arguments.multirun else [arguments.overrides]
+        warnings = check_points(points)
+    except ConfigError as error:
+        exit_with(error.problems)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _points(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every point of the grid that Hydra's own sweeper makes."""
+    if any(line.lstrip("+").startswith("run_dir=") for line in overrides):
+        raise ConfigError(["run_dir with -m: every point needs a directory of its own; set hydra.sweep.dir instead"])
+    readable, problems = parsed(overrides)
+    if problems:
+        raise ConfigError(problems)
+    hydra_overrides = [override.input_line or "" for override in readable if override.is_hydra_override()]
+    if any(line.startswith("hydra/sweeper=") for line in hydra_overrides):
+        # Another sweeper chooses its points while it runs; what does not vary can still be checked.
+        return [[o.input_line or "" for o in readable if not o.is_sweep_override()]]
+    own = [override for override in readable if not override.is_hydra_override()]
+    (batch,) = BasicSweeper.split_arguments(own, max_batch_size=None)
+    return [[*hydra_overrides, *point] for point in batch]
+
+
+def check_points(points: Sequence[Sequence[str]]) -> list[str]:
+    """Checks every point, the quick stage of all first; returns the warnings.
+
+    Raises:
+        ConfigError: with the problems of all points, each once.
+    """
+    problems: list[str] = []
+    warnings: list[str] = []
+    for targets in (False, True):
+        for point in points:
+            try:
+                warnings += checked(point, targets=targets)[1]
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+    return list(dict.fromkeys(warnings))
+
+
+# ---------------------------------------------------------------------- the task
+
+
+def _guarded(task: Task, failures: list[str], *, is_sweep: bool) -> Task:
+    """`task` with exceptions turned into exit codes; in a sweep, a point that fails does not stop the others."""
+    main_process = os.getpid()
+
+    @functools.wraps(task)
+    def run(config: DictConfig) -> None:
+        try:
+            _run_or_exit(task, config)
+        except SystemExit as stop:
+            if not is_sweep or not stop.code or stop.code in STOPS_A_SWEEP or os.getpid() != main_process:
+                raise
+            failures.append(f"  exit code {stop.code}: {run_directory(config)}")
+
+    return run
+
+
+def _run_or_exit(task: Task, config: DictConfig) -> None:
+    # This is for what happens before the run has a log of its own; from there on it writes the traceback itself.
+    try:
+        with answering_bad_values():
+            fit_presets(config, CONF, cast(DictConfig, HydraConfig.get()))
+            task(config)
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(EXIT_FAILED) from None

@@ -1,0 +1,5 @@
+from dino.logger.base import Logger, RunContext
+from dino.logger.console import Console
+from dino.logger.json_lines import JSONLinesLogger
+
+__all__ = ["Console", "JSONLinesLogger", "Logger", "RunContext"]

@@ -1,0 +1,80 @@
+"""The terminal: a live progress line, or plain lines where there is no terminal."""
+
+import time
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dino.logger.base import RunContext
+
+SHOWN = {  # metric -> label and format on the progress line
+    "train/loss": ("loss", "{:.3f}"),
+    "train/lr": ("lr", "{:.2e}"),
+    "perf/images_per_s": ("images/s", "{:.1f}"),
+    "val/knn_top1": ("k-NN", "{:.1f} %"),
+}
+
+
+class Console:
+    """Shows step, loss, learning rate, images/s, time left and the last k-NN.
+
+    Args:
+        plain_every_s: without a terminal, at most one line in so many seconds (evaluations are always shown).
+    """
+
+    def __init__(self, plain_every_s: float = 10.0) -> None:
+        if plain_every_s < 0:
+            raise ValueError(f"logger.console.plain_every_s={plain_every_s}: use 0 or more seconds")
+        self.plain_every_s = plain_every_s
+        self._shown: dict[str, str] = {}
+        self._progress: Progress | None = None
+        self._last_line = float("-inf")
+
+    def start(self, context: RunContext) -> None:
+        self._context = context
+        self._started = time.monotonic()
+        if not RichConsole().is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._task = self._progress.add_task("", total=context.total_steps, completed=context.first_step)
+        self._progress.start()
+
+    def advance(self, step: int) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        new = {label: form.format(metrics[name]) for name, (label, form) in SHOWN.items() if name in metrics}
+        self._shown |= new
+        text = "  ".join(f"{label} {value}" for label, value in self._shown.items())
+        if self._progress is not None:
+            self._progress.update(self._task, description=text)
+        elif "k-NN" in new or step == self._context.total_steps or self._is_due():
+            print(f"step {step}/{self._context.total_steps}  {text}  left {self._time_left(step)}", flush=True)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _is_due(self) -> bool:
+        now = time.monotonic()
+        if now - self._last_line < self.plain_every_s:
+            return False
+        self._last_line = now
+        return True
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._context.first_step
+        if done <= 0:
+            return "-"
+        seconds = (time.monotonic() - self._started) / done * (self._context.total_steps - step)
+        return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"

@@ -1,0 +1,140 @@
+"""What a logged step tells about student and teacher.
+
+The loss splits into cross-entropy = H(teacher) + KL(teacher || student) (paper, section 5.3 and Fig. 7), and how a run
+collapses shows in the parts: a KL of 0 is a collapse; with it an entropy of 0 means one constant output (no centering)
+and an entropy of ln K a uniform one (no sharpening).
+
+Shapes: B images in the micro-batch, G global views, V all views, K prototypes.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dino.loss import DINOLoss, EMACentering, LossTerms
+
+
+class StepFigures(Protocol):
+    """The part of a step's output that statistics are made of."""
+
+    @property
+    def student_logits(self) -> Tensor: ...  # [V*B, K]
+
+    @property
+    def terms(self) -> LossTerms: ...
+
+    @property
+    def grad_norm(self) -> Tensor: ...  # 0-d, before clipping
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Metrics under `train/`, of the first step and of every `every_steps`-th.
+
+    Raises:
+        ValueError: for a period below 1.
+    """
+
+    every_steps: int = 10
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise ValueError(f"monitor.every_steps={self.every_steps}: use a whole number of at least 1")
+
+    def due(self, step: int) -> bool:
+        """Whether step number `step`, counted from 0, is logged: with a period of 10 the 1st, 10th, 20th, ..."""
+        return step == 0 or (step + 1) % self.every_steps == 0
+
+    def compute(self, figures: StepFigures, loss: DINOLoss, num_global_views: int = 2) -> dict[str, float]:
+        """Everything about one step; the host waits for the device once, when all of it is read.
+
+        Teacher probabilities are those that the step trained with, so that `entropy_teacher + kl_teacher_student` is
+        the loss (without KoLeo, and with all pairs weighted equally).
+        """
+        with torch.no_grad():
+            targets = figures.terms.targets
+            values = {
+                **loss_statistics(figures.terms),
+                **distribution_statistics(figures.student_logits, targets, loss.student_temp, num_global_views),
+                "grad_norm": figures.grad_norm,
+            }
+            if isinstance(loss.centering, EMACentering):
+                values["center_norm"] = loss.centering.center.norm()
+            numbers = torch.stack([value.to(figures.terms.total) for value in values.values()]).tolist()
+        return {f"train/{name}": number for name, number in zip(values, numbers, strict=True)}
+
+
+def loss_statistics(terms: LossTerms) -> dict[str, Tensor]:
+    """The loss and those of its terms that this run has, each 0-d."""
+    named = {
+        "loss": terms.total,
+        "loss_global": terms.global_term,
+        "loss_local": terms.local_term,
+        "loss_koleo": terms.koleo,
+    }
+    return {name: value.detach() for name, value in named.items() if value is not None}
+
+
+def distribution_statistics(
+    student_logits: Tensor, teacher_probabilities: Tensor, student_temp: float, num_global_views: int
+) -> dict[str, Tensor]:
+    """How sharp, how alike and how spread the outputs of teacher and student are; every value is 0-d.
+
+    Computed in at least float32. Entropies and KL are in nats. Means over pairs run over the pairs of the loss: teacher
+    view i with every student view j other than i, all pairs counting equally.
+
+    - `entropy_teacher`, `entropy_student`: mean entropy of the outputs, from 0 to ln K; the student's also for its
+      global and local views alone (`entropy_student_global`, `entropy_student_local`).
+    - `kl_teacher_student`: mean over pairs of KL(teacher || student). Plus `entropy_teacher` it is the loss (with all
+      pairs weighted equally).
+    - `confidence_teacher`: mean largest probability of the teacher.
+    - `teacher_agreement`: share of images for which all teacher views have the same most likely prototype.
+    - `student_teacher_agreement`: share of pairs whose most likely prototypes are the same.
+    - `num_prototypes_used`: how many prototypes are the most likely one of some teacher output in this batch.
+
+    Args:
+        student_logits: [V*B, K], view-major.
+        teacher_probabilities: [G*B, K], view-major.
+        student_temp: temperature of the student's softmax.
+        num_global_views: G.
+    """
+    num_prototypes = student_logits.shape[-1]
+    teacher = _raised(teacher_probabilities).reshape(num_global_views, -1, num_prototypes)  # [G, B, K]
+    student = student_logits.reshape(-1, teacher.shape[1], num_prototypes)  # [V, B, K]
+    num_views = len(student)
+    confidence, teacher_top = teacher.max(dim=-1)  # [G, B]
+    entropy_teacher = torch.special.entr(teacher).sum(dim=-1).mean()
+
+    entropies, cross_entropies, agreements = [], [], []
+    for j in range(num_views):  # one at a time: all of [V, B, K] in float32 would be a peak of memory of its own
+        compared = [i for i in range(num_global_views) if i != j]
+        log_probabilities = torch.log_softmax(_raised(student[j]) / student_temp, dim=-1)  # [B, K]
+        entropies.append(-(log_probabilities.exp() * log_probabilities).sum(dim=-1).mean())
+        # Linear in the teacher: the sum over pairs needs one product with the sum of its views.
+        cross_entropies.append(-(teacher[compared].sum(dim=0) * log_probabilities).sum(dim=-1).mean())
+        agreements.append((teacher_top[compared] == student[j].argmax(dim=-1)).sum(dim=0, dtype=teacher.dtype).mean())
+
+    num_pairs = num_global_views * (num_views - 1)
+    cross_entropy = torch.stack(cross_entropies).sum() / num_pairs
+    entropy_student = torch.stack(entropies)  # [V]
+    used = teacher.new_zeros(num_prototypes).scatter_(0, teacher_top.flatten(), 1.0)
+    statistics = {
+        "entropy_teacher": entropy_teacher,
+        "entropy_student": entropy_student.mean(),
+        "entropy_student_global": entropy_student[:num_global_views].mean(),
+        "kl_teacher_student": (cross_entropy - entropy_teacher).clamp(min=0),  # below 0 only by rounding
+        "confidence_teacher": confidence.mean(),
+        "teacher_agreement": (teacher_top == teacher_top[:1]).all(dim=0).to(teacher.dtype).mean(),
+        "student_teacher_agreement": torch.stack(agreements).sum() / num_pairs,
+        "num_prototypes_used": used.sum(),
+    }
+    if num_views > num_global_views:
+        statistics["entropy_student_local"] = entropy_student[num_global_views:].mean()
+    return statistics
+
+
+def _raised(values: Tensor) -> Tensor:
+    """In float32 at least; float64 stays."""
+    return values if values.dtype == torch.float64 else values.float()

@@ -1,0 +1,55 @@
+"""The teacher: an exponential moving average of the student."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Buffers = Literal["own", "copy", "average"]
+
+
+class EMA:
+    """Moves a teacher towards its student: teacher = momentum * teacher + (1 - momentum) * student.
+
+    Called after the optimizer step with the momentum of that step (main_dino.py, train_one_epoch). All tensors move in
+    a few fused calls.
+
+    Args:
+        buffers: what happens to buffers (running statistics of batch norm). `own`: they stay the teacher's, which sees
+            the images itself (the original); `copy`: the student's values; `average`: moved like parameters, where
+            they are floating point, and copied where they are counters (num_batches_tracked).
+
+    Raises:
+        ValueError: for an unknown value of `buffers`.
+    """
+
+    def __init__(self, buffers: Buffers = "own") -> None:
+        if buffers not in get_args(Buffers):
+            raise ValueError(f"ema.buffers={buffers}: use {', '.join(get_args(Buffers))}")
+        self.buffers = buffers
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, teacher: nn.Module, momentum: float) -> None:
+        """One update. The two modules must have the same parameters and buffers in the same order.
+
+        Raises:
+            ValueError: for a momentum outside of 0 to 1.
+        """
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"ema.momentum={momentum}: use a number from 0 to 1")
+        moved = _pairs(list(teacher.parameters()), list(student.parameters()))
+        if self.buffers != "own":
+            buffers = _pairs(list(teacher.buffers()), list(student.buffers()))
+            averaged = [pair for pair in buffers if self.buffers == "average" and pair[0].is_floating_point()]
+            copied = [pair for pair in buffers if self.buffers == "copy" or not pair[0].is_floating_point()]
+            moved += averaged
+            if copied:
+                torch._foreach_copy_([own for own, _ in copied], [other for _, other in copied])
+        if moved:
+            torch._foreach_lerp_([own for own, _ in moved], [other for _, other in moved], 1 - momentum)
+
+
+def _pairs(teacher: list[Tensor], student: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    pairs = list(zip(teacher, student, strict=True))
+    assert all(own.shape == other.shape for own, other in pairs), "teacher and student are different networks"
+    return pairs

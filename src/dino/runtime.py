@@ -1,0 +1,127 @@
+"""What a run stands on: device, precision, seeds, provenance. Nothing here knows the method."""
+
+import contextlib
+import os
+import platform
+import resource
+import socket
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+AUTOCAST_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is the first CUDA device if there is one, otherwise the CPU.
+
+    Raises:
+        ValueError: for `cuda` on a machine without a usable CUDA device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"trainer.device={device}: torch sees no CUDA device here; use auto or cpu")
+    return torch.device(device)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The number format of the forward passes; parameters, loss and optimizer stay in the parameters' own type."""
+
+    name: str
+    device: torch.device
+
+    @classmethod
+    def choose(cls, name: str, device: torch.device) -> "Precision":
+        """`auto`: bf16 where the hardware has it, otherwise fp16 on a GPU and fp32 on a CPU.
+
+        Raises:
+            ValueError: for an unknown name, or for fp16 on a CPU, where no gradient scaler protects it.
+        """
+        if name == "auto":
+            name = _automatic_precision(device)
+        if name not in AUTOCAST_TYPES:
+            raise ValueError(f"trainer.precision={name}: use auto, {', '.join(AUTOCAST_TYPES)}")
+        if name == "fp16" and device.type == "cpu":
+            raise ValueError("trainer.precision=fp16 is for GPUs; on a CPU use bf16 or fp32")
+        return cls(name, device)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = AUTOCAST_TYPES[self.name]
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype)
+
+
+def _automatic_precision(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    # Without these instructions bf16 on a CPU is emulated and slower than fp32.
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if has_bf16 else "fp32"
+
+
+def set_seeds(seed: int, rank: int = 0) -> None:
+    """Seeds the global generators, differently on every rank.
+
+    They serve initialisation and drop path only; sample order and views come from `augmentation.randomness`.
+    The original seeds every rank alike (utils.py, fix_random_seeds), so all of them drew the same drop-path masks.
+    """
+    torch.manual_seed(seed * 100_003 + rank)
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory so far [GiB]: of the CUDA allocator on a GPU, of the process (resident) on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def provenance() -> dict[str, str]:
+    """Commit, versions and host of this process, for `status.json` and the checkpoints."""
+    packages = ("torch", "torchvision", "timm", "hydra-core", "numpy")
+    return {
+        "commit": _commit(),
+        "host": socket.gethostname(),
+        "pid": str(os.getpid()),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+    }
+
+
+def _commit() -> str:
+    """The git commit of this code, with `+changes` where tracked files differ from it; `unknown` outside git."""
+    repository = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(repository), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -1,0 +1,18 @@
+from dino.training.assemble import assemble
+from dino.training.introduction import introduce
+from dino.training.options import TrainerOptions
+from dino.training.resume import resume_or_start
+from dino.training.step import Schedules, TrainStep
+from dino.training.summary import summarise_run
+from dino.training.trainer import Trainer
+
+__all__ = [
+    "Schedules",
+    "TrainStep",
+    "Trainer",
+    "TrainerOptions",
+    "assemble",
+    "introduce",
+    "resume_or_start",
+    "summarise_run",
+]

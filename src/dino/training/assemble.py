@@ -1,0 +1,100 @@
+"""From a composed config to a trainer: every object of a run is built here, in the order in which data meets it."""
+
+import torch
+from omegaconf import DictConfig
+
+from dino.config import build, result_settings
+from dino.dataset import TrainLoader
+from dino.model import MultiCropModel, StudentTeacher
+from dino.optimizer import parameter_groups
+from dino.run import Run
+from dino.runtime import Precision, choose_device, set_seeds
+from dino.schedule import scaled_lr
+from dino.training.options import TrainerOptions
+from dino.training.step import Schedules, TrainStep
+from dino.training.trainer import Trainer
+
+
+def assemble(config: DictConfig, run: Run) -> Trainer:
+    """Builds dataset, views, networks, loss, optimizer and schedules, and the trainer around them.
+
+    Raises:
+        ValueError: for what only the data or the machine can tell to be wrong, naming the key.
+    """
+    options: TrainerOptions = build(config, "trainer")
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    device = choose_device(options.device)
+    precision = Precision.choose(options.precision, device)
+    set_seeds(config.seed)
+
+    dataset = build(config, "dataset")
+    mean, std = dataset.normalization()
+    augmentation = build(config, "augmentation", mean=mean, std=std)
+    loader = TrainLoader(dataset, augmentation, seed=config.seed, pin_memory=device.type == "cuda")
+    steps_per_epoch = epoch_length(loader, options)
+
+    train_step = build_step(config, options, precision, steps_per_epoch, loader.batch_size)
+    return Trainer(
+        options=options,
+        train_step=train_step,
+        dataset=dataset,
+        loader=loader,
+        augmentation=augmentation,
+        statistics=build(config, "monitor"),
+        evaluators=[build(config, f"evaluation.{name}") for name in config.evaluation],
+        loggers=[build(config, f"logger.{name}") for name in config.logger],
+        run=run,
+        seed=config.seed,
+        settings=result_settings(config),
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def epoch_length(loader: TrainLoader, options: TrainerOptions) -> int:
+    """Optimizer steps per epoch; a last window that is not full is left out, as a last batch is.
+
+    Raises:
+        ValueError: if not even one step fits into the data.
+    """
+    steps = loader.num_batches // options.accumulate_steps
+    if steps < 1:
+        raise ValueError(
+            f"trainer.accumulate_steps={options.accumulate_steps}: an epoch has only {loader.num_batches} batches of "
+            f"dataset.batch_size={loader.batch_size}, so no step would be made; use at most {loader.num_batches}"
+        )
+    return min(steps, options.limit_steps_per_epoch or steps)
+
+
+def build_step(
+    config: DictConfig, options: TrainerOptions, precision: Precision, steps_per_epoch: int, batch_size: int
+) -> TrainStep:
+    """Networks, loss, optimizer and schedules, on their device."""
+    backbone = build(config, "backbone")
+    model = StudentTeacher(MultiCropModel(backbone, build(config, "head", in_dim=backbone.embed_dim)))
+    model.to(precision.device)
+    model.check_wiring()
+    if options.compile:
+        model.student.backbone.compile()
+        model.teacher.backbone.compile()
+    images_per_step = batch_size * options.accumulate_steps
+    span = {"epochs": options.epochs, "steps_per_epoch": steps_per_epoch}
+    reference = options.lr_reference_batch
+    lr = config.optimizer.lr if reference is None else scaled_lr(config.optimizer.lr, images_per_step, reference)
+    return TrainStep(
+        model=model,
+        loss=build(config, "loss").to(precision.device),
+        optimizer=build(config, "optimizer")(parameter_groups(model.student)),
+        ema=build(config, "ema"),
+        schedules=Schedules(
+            lr=build(config, "schedule.lr", base=lr, **span),
+            weight_decay=build(config, "schedule.weight_decay", **span),
+            teacher_momentum=build(config, "schedule.teacher_momentum", **span),
+            teacher_temp=build(config, "schedule.teacher_temp", **span),
+        ),
+        precision=precision,
+        clip_mode=options.clip_mode,
+        clip_norm=options.clip_norm,
+        freeze_last_layer_steps=options.freeze_last_layer_epochs * steps_per_epoch,
+        total_steps=options.epochs * steps_per_epoch,
+    )

@@ -1,0 +1,53 @@
+"""The settings of `conf/trainer`, checked."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions:
+    """How long and how a run trains; every field is a key of `conf/trainer/default.yaml`, explained there.
+
+    Raises:
+        ValueError: for a number out of its range, naming the key.
+    """
+
+    epochs: int
+    max_steps: int | None = None
+    limit_steps_per_epoch: int | None = None
+    limit_evaluation_samples: int | None = None
+    accumulate_steps: int = 1
+    lr_reference_batch: int | None = 256
+    clip_mode: Literal["per_tensor", "global_norm"] = "per_tensor"
+    clip_norm: float | None = 3.0
+    freeze_last_layer_epochs: int = 1
+    device: str = "auto"
+    precision: str = "auto"
+    compile: bool = False
+    num_threads: int | None = None
+    save_every_steps: int | None = None
+    save_every_epochs: int | None = 1
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        at_least_one = ("epochs", "accumulate_steps", "keep_checkpoints")
+        at_least_one_or_null = (
+            "max_steps",
+            "limit_steps_per_epoch",
+            "limit_evaluation_samples",
+            "lr_reference_batch",
+            "num_threads",
+            "save_every_steps",
+            "save_every_epochs",
+        )
+        for name in at_least_one + at_least_one_or_null:
+            value = getattr(self, name)
+            if value is None and name in at_least_one_or_null:
+                continue
+            if value is None or value < 1:
+                null = " or null" if name in at_least_one_or_null else ""
+                raise ValueError(f"trainer.{name}={value}: use a whole number of at least 1{null}")
+        if self.clip_mode not in ("per_tensor", "global_norm"):
+            raise ValueError(f"trainer.clip_mode={self.clip_mode}: use per_tensor or global_norm")
+        if self.freeze_last_layer_epochs < 0:
+            raise ValueError(f"trainer.freeze_last_layer_epochs={self.freeze_last_layer_epochs}: use 0 or more epochs")

@@ -1,0 +1,87 @@
+"""What a finished run has to say: `training_summary.json`, and the last lines in the terminal."""
+
+import logging
+from typing import Any
+
+from dino.logger.json_lines import read_lines
+from dino.run import write_json
+from dino.training.trainer import Trainer
+
+log = logging.getLogger("dino")
+
+NOT_METRICS = {"step", "epoch", "time"}
+
+
+def summarise_run(trainer: Trainer) -> None:
+    """Writes `training_summary.json` and prints metrics, places and what to do next."""
+    run_dir = trainer.run.directory
+    lines = read_lines(run_dir / "metrics.jsonl")
+    summary = {
+        "steps": trainer.step,
+        "epochs": trainer.step / trainer.steps_per_epoch,
+        "images": trainer.step * trainer.images_per_step,
+        "train_time_s": round(trainer.clock.seconds, 3),
+        "metrics": summarise(lines),
+    }
+    write_json(run_dir / "training_summary.json", summary)
+    for line in closing_words(trainer, summary, lines):
+        log.info(line)
+
+
+def summarise(lines: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Final, mean, min and max of each metric, and `best` with its step where a metric has a better direction."""
+    names = sorted({name for line in lines for name in line} - NOT_METRICS)
+    return {name: row for name in names if (row := _summary_of(name, lines))}
+
+
+def higher_is_better(metric: str) -> bool | None:
+    """Which way a metric is better; None where neither way is."""
+    if "knn" in metric or metric == "perf/images_per_s":
+        return True
+    return False if "loss" in metric else None
+
+
+def _summary_of(name: str, lines: list[dict[str, float]]) -> dict[str, float]:
+    points = [(line[name], line["step"]) for line in lines if line.get(name) is not None]
+    if not points:
+        return {}
+    values = [value for value, _ in points]
+    summary = {"final": values[-1], "mean": sum(values) / len(values), "min": min(values), "max": max(values)}
+    better = higher_is_better(name)
+    if better is not None:
+        best, step = (max if better else min)(points, key=lambda point: point[0])  # the first of equal ones
+        summary |= {"best": best, "best_step": step}
+    return summary
+
+
+def closing_words(trainer: Trainer, summary: dict[str, Any], lines: list[dict[str, float]]) -> list[str]:
+    """The metrics, where everything lies, and the commands for what next."""
+    run_dir, metrics = trainer.run.directory, summary["metrics"]
+    minutes, seconds = divmod(round(summary["train_time_s"]), 60)
+    words = [f"trained     {summary['steps']} steps on {summary['images']:,} images in {minutes} min {seconds} s"]
+    if "train/loss" in metrics:
+        words.append(f"loss        {metrics['train/loss']['final']:.3f}")
+    speed = metrics.get("perf/images_per_s")
+    if speed is not None:
+        memory = metrics["perf/peak_memory_gib"]["max"]
+        words.append(f"speed       {speed['mean']:.1f} images/s, peak memory {memory:.2f} GiB")
+    if "val/knn_top1" in metrics:
+        words.append(f"k-NN        {_knn_words(metrics, lines)}")
+    names = [f"checkpoints/{name}.pt" for name in ("best", "last") if (run_dir / f"checkpoints/{name}.pt").exists()]
+    return [
+        *words,
+        f"files       {', '.join([f'{run_dir}: metrics.jsonl', 'training_summary.json', *names])}",
+        f"continue    python train.py <same overrides> run_dir={run_dir} resume=auto",
+    ]
+
+
+def _knn_words(metrics: dict[str, dict[str, float]], lines: list[dict[str, float]]) -> str:
+    """The trained accuracy with what it has to beat beside it: the untrained network and raw pixels."""
+    knn = metrics["val/knn_top1"]
+    words = f"{knn['final']:.1f} % of held-out images (best {knn['best']:.1f} %)"
+    untrained = next((line for line in lines if line["step"] == 0 and "val/knn_top1" in line), None)
+    if untrained is not None:
+        words += f"; the untrained network {untrained['val/knn_top1']:.1f} %"
+    if "val/knn_top1_pixels" in metrics:
+        words += f"; raw pixels {metrics['val/knn_top1_pixels']['final']:.1f} %"
+    return words

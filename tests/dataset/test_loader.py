@@ -1,0 +1,251 @@
+"""Training batches: the same with any number of workers, in spite of broken images, signals and early ends."""
+
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dino.augmentation import MultiCrop, ViewBatch
+from dino.dataset import Folder, ImageDataset, Splits, StackedSource, TrainLoader
+
+MakeFolder = Callable[..., Folder]
+WriteImages = Callable[..., list[Path]]
+
+
+def crops(channels: int = 3, **changes: object) -> MultiCrop:
+    settings: dict[str, object] = {
+        "global_size": 16,
+        "local_size": 8,
+        "num_local_views": 2,
+        "channels": channels,
+        "mean": [0.5] * channels,
+        "std": [0.25] * channels,
+    }
+    return MultiCrop(**(settings | changes))  # type: ignore[arg-type]
+
+
+class Memory(ImageDataset):
+    """300 images of random pixels in memory, of which a label is the index modulo 10."""
+
+    def _open(self) -> Splits:
+        images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (300, 1, 8, 8), dtype=np.uint8))
+        source = StackedSource(images, np.arange(300) % 10, "memory")
+        return Splits(source, bank=source)
+
+
+def memory(batch_size: int = 40, num_workers: int = 0) -> Memory:
+    return Memory(
+        name="memory",
+        channels=1,
+        mean=[0.5],
+        std=[0.25],
+        global_size=16,
+        local_size=8,
+        evaluation_resize=16,
+        evaluation_size=16,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+
+
+def epoch_of(dataset: ImageDataset, epoch: int = 0, first: int = 0, **changes: object) -> list[ViewBatch]:
+    return list(TrainLoader(dataset, crops(dataset.channels, **changes), seed=0).epoch(epoch, first))
+
+
+def tensors(batch: ViewBatch) -> list[torch.Tensor]:
+    """Everything in a batch, in a fixed order."""
+    assert batch.local_views is not None
+    found = [batch.global_views, batch.local_views, batch.indices]
+    found += [] if batch.labels is None else [batch.labels]
+    return found + ([] if batch.parameters is None else list(vars(batch.parameters).values()))
+
+
+def assert_same(first: list[ViewBatch], second: list[ViewBatch]) -> None:
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one.bad == other.bad
+        for a, b in zip(tensors(one), tensors(other), strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("photometric_device", ["device", "cpu"])
+def test_workers_change_nothing_in_memory(photometric_device: str) -> None:
+    reference = epoch_of(memory(), epoch=1, photometric_device=photometric_device)
+    assert len(reference) == 300 // 40
+    assert (reference[0].parameters is None) == (photometric_device == "cpu")
+    for num_workers in (2, 4):
+        made = epoch_of(memory(num_workers=num_workers), epoch=1, photometric_device=photometric_device)
+        assert_same(made, reference)
+
+
+def test_workers_change_nothing_for_files(tmp_path: Path, write_images: WriteImages, folder: MakeFolder) -> None:
+    write_images(tmp_path / "a", 7)
+    write_images(tmp_path / "b", 6, first_seed=7)
+    reference = epoch_of(folder(tmp_path, batch_size=3))
+    assert [batch.global_views.shape for batch in reference] == [(2, 3, 3, 16, 16)] * 4
+    for batch in reference:
+        assert batch.labels is not None
+        assert batch.labels.tolist() == [int(index >= 7) for index in batch.indices.tolist()]
+    for num_workers in (2, 4):
+        assert_same(epoch_of(folder(tmp_path, batch_size=3, num_workers=num_workers)), reference)
+
+
+def test_batch_size_changes_no_view(tmp_path: Path, write_images: WriteImages, folder: MakeFolder) -> None:
+    write_images(tmp_path, 12)
+    for small, large in (
+        (folder(tmp_path, batch_size=2), folder(tmp_path, batch_size=6)),
+        (memory(batch_size=25), memory(batch_size=100)),
+    ):
+        for name in ("global_views", "local_views"):
+            first, second = (
+                torch.cat([getattr(batch, name) for batch in epoch_of(each)], 1) for each in (small, large)
+            )
+            assert torch.equal(first, second)
+
+
+def test_starting_in_the_middle_gives_the_same_batches() -> None:
+    assert_same(epoch_of(memory(), first=4), epoch_of(memory())[4:])
+
+
+def test_two_ranks_share_the_batch_of_one(tmp_path: Path, write_images: WriteImages, folder: MakeFolder) -> None:
+    write_images(tmp_path, 9)
+    together = list(TrainLoader(folder(tmp_path, batch_size=4), crops(), seed=0).epoch(0))
+    ranks = [
+        list(TrainLoader(folder(tmp_path, batch_size=2), crops(), seed=0, rank=rank, world_size=2).epoch(0))
+        for rank in range(2)
+    ]
+    for whole, *parts in zip(together, *ranks, strict=True):
+        assert torch.equal(torch.cat([part.global_views for part in parts], 1), whole.global_views)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_global_random_streams_are_left_alone(num_workers: int) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    epoch_of(memory(num_workers=num_workers))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert random.getstate() == before[2]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_broken_image_is_named_replaced_and_counted(
+    tmp_path: Path,
+    write_images: WriteImages,
+    truncate: Callable[[Path], None],
+    folder: MakeFolder,
+    caplog: pytest.LogCaptureFixture,
+    num_workers: int,
+) -> None:
+    files = write_images(tmp_path, 10, ".jpg")
+    truncate(files[4])
+    truncate(files[5])
+    truncate(files[9])
+    dataset = folder(tmp_path, batch_size=5, num_workers=num_workers, max_bad_fraction=0.3)
+    loader = TrainLoader(dataset, crops(), seed=0)
+    with caplog.at_level(logging.WARNING, logger="dino"):
+        batches = [batch for epoch in range(2) for batch in loader.epoch(epoch)]
+    assert set(loader.bad_images) == {4, 5, 9}
+    assert all("truncated" in reason.lower() for reason in loader.bad_images.values())
+    for number in (4, 5, 9):  # each once, in two epochs
+        assert [str(files[number]) in record.getMessage() for record in caplog.records].count(True) == 1
+    for epoch in range(2):
+        shown = sorted(index for batch in batches[2 * epoch : 2 * epoch + 2] for index in batch.indices.tolist())
+        assert shown == [0, 0, 1, 2, 3, 6, 6, 6, 7, 8]  # 4 and 5 become 6, 9 becomes 0
+        assert {index for batch in batches[2 * epoch : 2 * epoch + 2] for index in batch.bad} == {4, 5, 9}
+    assert_same(
+        batches[:2], list(TrainLoader(folder(tmp_path, batch_size=5, max_bad_fraction=0.3), crops(), seed=0).epoch(0))
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("broken", "fraction"), [(3, 0.2), (10, 0.9), (10, 1.0)])
+def test_too_many_broken_images_stop_the_run_with_a_list(
+    tmp_path: Path,
+    write_images: WriteImages,
+    truncate: Callable[[Path], None],
+    folder: MakeFolder,
+    num_workers: int,
+    broken: int,
+    fraction: float,
+) -> None:
+    for path in write_images(tmp_path, 10, ".jpg")[:broken]:
+        truncate(path)
+    dataset = folder(tmp_path, num_workers=num_workers, max_bad_fraction=fraction)
+    with pytest.raises(ValueError, match=rf"10 training images.* dataset\.max_bad_fraction={fraction:g}") as caught:
+        list(TrainLoader(dataset, crops(), seed=0).epoch(0))
+    assert str(tmp_path / "0001.jpg") in str(caught.value)
+    assert "truncated" in str(caught.value).lower()
+
+
+def test_the_count_of_broken_images_survives_a_resume(
+    tmp_path: Path, write_images: WriteImages, truncate: Callable[[Path], None], folder: MakeFolder
+) -> None:
+    files = write_images(tmp_path, 10, ".jpg")
+    truncate(files[0])
+    first = TrainLoader(folder(tmp_path, max_bad_fraction=0.1), crops(), seed=0)
+    list(first.epoch(0))
+    truncate(files[7])
+    second = TrainLoader(folder(tmp_path, max_bad_fraction=0.1), crops(), seed=0)
+    second.load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="2 of 10 training images"):
+        list(second.epoch(1))
+
+
+def test_a_batch_larger_than_the_dataset_is_told_at_once() -> None:
+    with pytest.raises(ValueError, match=r"dataset\.batch_size=301\), but there are only 300 training images"):
+        TrainLoader(memory(batch_size=301), crops(1), seed=0)
+
+
+def test_workers_survive_the_signals_that_preempt_a_run() -> None:
+    batches = TrainLoader(memory(num_workers=2), crops(1), seed=0).epoch(0)
+    made = [next(batches), next(batches)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    made += list(batches)
+    assert_same(made, epoch_of(memory()))
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_leaving_an_epoch_early_ends_its_workers() -> None:
+    batches = TrainLoader(memory(num_workers=2), crops(1), seed=0).epoch(0)
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    del batches
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_a_program_that_ends_in_an_epoch_does_not_hang() -> None:
+    program = (
+        "from test_loader import TrainLoader, crops, memory\n"
+        "batches = TrainLoader(memory(num_workers=2), crops(1), seed=0).epoch(0)\n"
+        "next(batches)\n"
+        "raise SystemExit(75)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, timeout=60)
+    assert result.returncode == 75
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_pinned_batches_are_the_same(num_workers: int) -> None:
+    loader = TrainLoader(memory(num_workers=num_workers), crops(1), seed=0, pin_memory=True)
+    pinned = list(loader.epoch(0))
+    assert all(batch.global_views.is_pinned() for batch in pinned)
+    assert_same(pinned, epoch_of(memory()))

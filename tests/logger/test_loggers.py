@@ -1,0 +1,68 @@
+"""Loggers: JSON lines that survive a crash, plain lines without a terminal."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dino.logger import Console, JSONLinesLogger, RunContext
+from dino.logger.json_lines import read_lines
+
+
+def context(folder: Path, first_step: int = 0) -> RunContext:
+    return RunContext(run_dir=folder, first_step=first_step, total_steps=10, steps_per_epoch=4)
+
+
+def write(folder: Path, first_step: int, steps: list[int], value: float) -> None:
+    logger = JSONLinesLogger()
+    logger.start(context(folder, first_step))
+    for step in steps:
+        logger.log(step, {"train/loss": value})
+    logger.close()
+
+
+def test_lines_hold_step_epoch_time_and_metrics(tmp_path: Path) -> None:
+    write(tmp_path, 0, [0, 6], 1.5)
+    first, second = read_lines(tmp_path / "metrics.jsonl")
+    assert (first["step"], first["epoch"], first["train/loss"]) == (0, 0.0, 1.5)
+    assert (second["step"], second["epoch"]) == (6, 1.5)
+    assert second["time"] >= first["time"]
+
+
+def test_non_finite_values_become_null(tmp_path: Path) -> None:
+    write(tmp_path, 0, [1], float("nan"))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["train/loss"] is None
+
+
+def test_a_resumed_run_doubles_no_step_and_drops_a_torn_line(tmp_path: Path) -> None:
+    write(tmp_path, 0, [0, 1, 2, 3], 1.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/lo')
+    write(tmp_path, 2, [3, 4], 2.0)
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["train/loss"]) for line in lines] == [(0, 1), (1, 1), (2, 1), (3, 2), (4, 2)]
+
+
+def test_a_fresh_start_begins_an_empty_file(tmp_path: Path) -> None:
+    write(tmp_path, 0, [0, 1], 1.0)
+    write(tmp_path, 0, [0], 2.0)
+    assert [line["train/loss"] for line in read_lines(tmp_path / "metrics.jsonl")] == [2.0]
+
+
+def test_without_a_terminal_the_console_prints_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(plain_every_s=3600)
+    console.start(context(tmp_path))
+    for step in range(1, 11):
+        console.advance(step)
+        console.log(step, {"train/loss": 2.0 / step, "train/lr": 0.001, "perf/images_per_s": 100.0})
+    console.log(10, {"val/knn_top1": 91.25})
+    console.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["1/10", "10/10", "10/10"]
+    assert lines[1].startswith("step 10/10  loss 0.200  lr 1.00e-03  images/s 100")
+    assert "k-NN 91.2 %" in lines[2]
+
+
+def test_a_negative_period_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"logger.console.plain_every_s=-1"):
+        Console(plain_every_s=-1)
