@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all check lint types clean
+.PHONY: help install train test test-all check lint types bench clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ lint: install  ## ruff
 
 types: install  ## mypy --strict on src/dino
 	$(BIN)/mypy --strict src/dino
+
+bench: install  ## what saving costs the training loop, as one line of JSON; a few minutes on 2 cores
+	$(BIN)/python benchmarks/checkpoint_cost.py
 
 clean:  ## remove the environment and caches; outputs/ stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,8 +1,13 @@
 """Fixtures shared by all tests: figures of the original implementation, and real images where they lie."""
 
 import json
+import multiprocessing
 import os
+import pickle
+import socket
+import time
 from collections.abc import Callable
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,8 @@ import pytest
 # Read when torch is imported, here and in the commands that tests start: where the threads of several processes wait
 # for one another on a busy machine, tiny networks take many times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+RANKS_TIMEOUT_S = 120
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -41,3 +48,66 @@ def shared_data() -> Callable[[str], Path]:
         return root / name
 
     return find
+
+
+@pytest.fixture
+def start_ranks() -> Callable[..., list[ForkProcess]]:
+    """`start_ranks(function, 2, *args)`: `function(*args)` begins on each of 2 gloo ranks of a run of their own.
+
+    Forked, to save importing torch again, so any function will do; the ranks compute on one thread each. On a machine
+    with a GPU no test before it in the same process may have run a backward pass: torch refuses one after the fork.
+    """
+
+    def start(function: Callable[..., object], world_size: int, *args: object) -> list[ForkProcess]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("fork")
+        arguments = [(rank, world_size, port, function, args) for rank in range(world_size)]
+        processes = [context.Process(target=_be_rank, args=each) for each in arguments]
+        for process in processes:
+            process.start()
+        return processes
+
+    return start
+
+
+def _be_rank(rank: int, world_size: int, port: int, function: Callable[..., object], args: tuple[object, ...]) -> None:
+    import torch
+
+    from dino.processes import Processes
+    from dino.ranks import process_group
+
+    torch.set_num_threads(1)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    os.environ |= dict(zip(names, map(str, (rank, world_size, rank, port)), strict=True)) | {"MASTER_ADDR": "127.0.0.1"}
+    with process_group(Processes.from_environment(), torch.device("cpu")):
+        function(*args)
+
+
+@pytest.fixture
+def run_ranks(start_ranks: Callable[..., list[ForkProcess]], tmp_path: Path) -> Callable[..., list[Any]]:
+    """`run_ranks(function, 2, *args)`: what `function(*args)` returns on each of 2 gloo ranks.
+
+    A rank that fails, or that is not done after two minutes, fails the test; its traceback is in the captured stderr.
+    """
+
+    def run(function: Callable[..., Any], world_size: int, *args: object) -> list[Any]:
+        def keep_result() -> None:
+            result = function(*args)
+            (tmp_path / f"result_{os.environ['RANK']}.pickle").write_bytes(pickle.dumps(result))
+
+        processes = start_ranks(keep_result, world_size)
+        deadline = time.monotonic() + RANKS_TIMEOUT_S
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        late = [process for process in processes if process.is_alive()]
+        for process in late:
+            process.kill()
+            process.join()
+        assert not late, f"{len(late)} of {world_size} ranks were not done after {RANKS_TIMEOUT_S} s"
+        codes = [process.exitcode for process in processes]
+        assert codes == [0] * world_size, f"ranks ended with the exit codes {codes}"
+        return [pickle.loads((tmp_path / f"result_{rank}.pickle").read_bytes()) for rank in range(world_size)]
+
+    return run

@@ -1,4 +1,7 @@
-"""The `dino` command: looking at data, views and the loss without training. Arguments are overrides, as of train.py."""
+"""The `dino` command: looking at data, views, the loss and checkpoints without training.
+
+Arguments are overrides, as of train.py, where a command composes a config.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +11,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Column, Table
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Looks at data, views and the loss of DINO runs.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Looks at data, views, loss and checkpoints of runs."
+)
 data = typer.Typer(no_args_is_help=True, help="What is learned from.")
 debug = typer.Typer(no_args_is_help=True, help="What happens inside a step.")
 app.add_typer(data, name="data")
@@ -30,6 +35,21 @@ def _config(overrides: list[str] | None) -> DictConfig:
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
     return config
+
+
+@app.command("checkpoints")
+def list_checkpoints(run: Annotated[Path, typer.Argument(help="the directory of a run")]) -> None:
+    """The checkpoints of a run, newest first: step, date, size, whether they are valid, and what was measured."""
+    from dino.checkpoint_files import entries, find_folder, table
+    from dino.launch import answering_bad_values
+
+    with answering_bad_values():
+        found = entries(find_folder(run))
+    for line in table(found):
+        typer.echo(line)
+    if not any(entry.valid for entry in found):
+        typer.echo("there is no valid checkpoint", err=True)
+        raise typer.Exit(1)
 
 
 @data.command("check")

@@ -28,13 +28,14 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 ROOT = "train"
 
 # Keys of conf/train.yaml that belong to no `_target_`.
-TOP_LEVEL_KEYS = ("name", "run_dir", "resume", "seed", "allowed_targets")
+TOP_LEVEL_KEYS = ("name", "run_dir", "resume", "resume_changes", "seed", "allowed_targets")
 
 # Keys that leave the numbers of a run as they are; in conf/ each carries "changes results: no" in its comment.
 UNRELATED_TO_RESULTS = (
     "name",
     "run_dir",
     "resume",
+    "resume_changes",
     "allowed_targets",
     "dataset.root",
     "dataset.download",
@@ -47,7 +48,11 @@ UNRELATED_TO_RESULTS = (
     "trainer.save_every_steps",
     "trainer.save_every_epochs",
     "trainer.keep_checkpoints",
+    "trainer.keep_every_epochs",
+    "trainer.on_save_error",
+    "trainer.max_skipped_steps",
     "monitor.every_steps",
+    "monitor.early_stopping*",
     "evaluation.*.every_epochs",
     "logger.*",
 )
@@ -173,7 +178,12 @@ _REFERENCE = re.compile(r"(?:\$\{|oc\.select:\s*)([A-Za-z_][\w.]*)\s*[},]")
 def read_keys_of_conf() -> frozenset[str]:
     """Every key that some file of conf/ reads. All files count, not only those chosen, so that replacing a reader
     (`loss/centering=sinkhorn`) does not make the key that it read an unknown one."""
-    return frozenset(key for path in CONF.rglob("*.yaml") for key in _REFERENCE.findall(path.read_text()))
+    return frozenset(key for path in CONF.rglob("*.yaml") for key in referenced_keys(path.read_text()))
+
+
+def referenced_keys(text: Any) -> list[str]:
+    """The keys that a value reads, as it is written."""
+    return _REFERENCE.findall(str(text))
 
 
 def raw_settings(config: DictConfig) -> dict[str, Any]:
@@ -186,4 +196,4 @@ def raw_settings(config: DictConfig) -> dict[str, Any]:
 def read_keys(config: DictConfig) -> set[str]:
     """Every key that a key of this config reads."""
     raw = leaves(raw_settings(config))
-    return {key for value in raw.values() for key in _REFERENCE.findall(str(value))}
+    return {key for value in raw.values() for key in referenced_keys(value)}

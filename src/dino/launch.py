@@ -7,6 +7,7 @@ errors is replaced, because it shows tracebacks of its own and exits with 1 for 
 import argparse
 import contextlib
 import functools
+import io
 import os
 import sys
 import traceback
@@ -23,14 +24,15 @@ from omegaconf import DictConfig
 from dino.config import CONF, ROOT, compose, raw_settings
 from dino.messages import ConfigError, did_you_mean, report
 from dino.overrides import parsed
+from dino.preemption import EXIT_PREEMPTED
 from dino.presets import fit_presets, leaves
+from dino.processes import Processes
 from dino.validation import checked
 
 Task = Callable[[DictConfig], None]
 
-EXIT_FAILED, EXIT_BAD_CONFIGURATION = 1, 2
-# After these a sweep does not go on to its next point: interrupted by hand, or preempted.
-STOPS_A_SWEEP = (130, 75)
+EXIT_FAILED, EXIT_BAD_CONFIGURATION, EXIT_INTERRUPTED = 1, 2, 130
+STOPS_A_SWEEP = (EXIT_INTERRUPTED, EXIT_PREEMPTED)  # after these it does not go on to its next point
 
 
 def main(task: Task) -> Callable[[], None]:
@@ -42,10 +44,23 @@ def main(task: Task) -> Callable[[], None]:
 
     @functools.wraps(task)
     def start() -> None:
-        _refuse_several_processes()
-        arguments = _arguments(sys.argv[1:])
-        if not _only_shows(arguments):
-            _refuse_bad_input(arguments)
+        try:
+            with answering_bad_values():
+                processes = Processes.from_environment()
+            _start(processes)
+        except KeyboardInterrupt:
+            raise SystemExit(EXIT_INTERRUPTED) from None
+
+    def _start(processes: Processes) -> None:
+        if processes.several:
+            # Before torch is imported: its C++ warnings would come once a rank, for what is meant (`over_ranks`).
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        if processes.is_main:
+            arguments = _checked_arguments(processes)
+        else:
+            with contextlib.redirect_stderr(io.StringIO()):  # rank 0 says the same
+                arguments = _checked_arguments(processes)
+            sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]  # rank 0 says which directory it is
         failures: list[str] = []
         guarded = _guarded(task, failures, is_sweep=arguments.multirun)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=ROOT)(guarded)()
@@ -74,15 +89,6 @@ def answering_bad_values() -> Iterator[None]:
         exit_with([str(error)])
 
 
-def _refuse_several_processes() -> None:
-    """Several processes would each be a run of its own, all writing to one directory."""
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size != "1":
-        exit_with(
-            [f"WORLD_SIZE={world_size}: a run is one process; trainer.accumulate_steps gives the same large batch"]
-        )
-
-
 def exit_with(problems: Sequence[str]) -> NoReturn:
     """Prints one line a problem and ends the process as one with a bad configuration."""
     print(report(problems), file=sys.stderr)
@@ -103,6 +109,15 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
             exit_with(
                 [f"--{option.replace('_', '-')}: configs are read from {CONF}; put your file into one of its groups"]
             )
+    return arguments
+
+
+def _checked_arguments(processes: Processes) -> argparse.Namespace:
+    arguments = _arguments(sys.argv[1:])
+    if processes.several and arguments.multirun:
+        exit_with([f"-m with {processes.world_size} processes: start each point by itself, or use one process"])
+    if not _only_shows(arguments):
+        _refuse_bad_input(arguments)
     return arguments
 
 
@@ -187,11 +202,23 @@ def _guarded(task: Task, failures: list[str], *, is_sweep: bool) -> Task:
 
 
 def _run_or_exit(task: Task, config: DictConfig) -> None:
-    # This is for what happens before the run has a log of its own; from there on it writes the traceback itself.
     try:
         with answering_bad_values():
             fit_presets(config, CONF, cast(DictConfig, HydraConfig.get()))
             task(config)
+    except SystemExit as stop:
+        _leave_others_behind(stop.code)
+        raise
     except Exception:
+        # This is for what happens before the run has a log of its own; from there on it writes the traceback itself.
         traceback.print_exc()
+        _leave_others_behind(EXIT_FAILED)
         raise SystemExit(EXIT_FAILED) from None
+
+
+def _leave_others_behind(code: str | int | None) -> None:
+    """A rank that fails must be gone at once, since the others wait for it; an orderly exit could wait for them."""
+    if Processes.from_environment().several and isinstance(code, int) and code not in (0, EXIT_PREEMPTED):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,5 +1,6 @@
 """The run directory: what is written whatever happens (`config.yaml`, `status.json`, `train.log`)."""
 
+import contextlib
 import json
 import logging
 import logging.handlers
@@ -12,56 +13,83 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from dino import preemption
+from dino.preemption import EXIT_PREEMPTED, Preempted
+from dino.processes import Processes
+
 log = logging.getLogger("dino")
 
-EXIT_FAILED, EXIT_BAD_CONFIGURATION, EXIT_NON_FINITE = 1, 2, 3
+EXIT_FAILED, EXIT_BAD_CONFIGURATION, EXIT_NON_FINITE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
 class NonFiniteError(RuntimeError):
-    """The loss is NaN or infinite; raised before anything was changed."""
+    """More steps than allowed had a loss or a gradient that is not finite; none of them changed anything."""
 
 
 class Run:
     """One run's directory, as a context: status and log are kept up to date from `begin` to the way out.
 
     Before `begin` nothing in the directory is touched, so that a run that is refused (a `ValueError`) neither leaves a
-    directory behind nor changes the record of an earlier run in it. Any other exception is written with its traceback
-    to `train.log`, becomes the reason in `status.json`, and ends the process with the exit code of its kind (1 failed,
-    2 bad configuration, 3 non-finite, 130 interrupted).
+    directory behind nor changes the record of an earlier run in it. `Preempted` ends the process with exit code 75, and
+    whatever handled the signal before is called then. Any other exception is written with its traceback to `train.log`,
+    becomes the reason in `status.json`, and ends the process with the exit code of its kind (1 failed, 2 bad
+    configuration, 3 non-finite, 130 interrupted).
+
+    Under several ranks only rank 0 prints and keeps the status; the others add their warnings to the log, and a failure
+    of their own with its traceback.
     """
 
-    def __init__(self, directory: Path, provenance: dict[str, str]) -> None:
+    def __init__(self, directory: Path, provenance: dict[str, str], processes: Processes | None = None) -> None:
         self.directory = directory
         self.provenance = provenance
+        self.processes = processes or Processes()
         self.status: dict[str, Any] = {"state": "created", "step": 0, "reason": None, "exit_code": None, **provenance}
         # Holds what is logged before `begin`, when it is not yet known whether there will be a run.
         self._early = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
         self._file: logging.Handler | None = None
         self._stdout = _CurrentStdout()
+        self._status_written = True  # the last time
 
     def __enter__(self) -> "Run":
+        preemption.listen()
         self._stdout.setFormatter(logging.Formatter("%(message)s"))
-        log.setLevel(logging.INFO)
+        log.setLevel(logging.INFO if self.processes.is_main else logging.WARNING)
         log.propagate = False
         log.addHandler(self._early)
-        log.addHandler(self._stdout)
+        if self.processes.is_main:
+            log.addHandler(self._stdout)
         return self
 
     def begin(self, step: int = 0) -> None:
         """The run is on: opens `train.log` and writes `status.json`."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._file = logging.FileHandler(self.directory / "train.log")
-        self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        earlier = read_status(self.directory)
+        self._file = _LogFile(self.directory / "train.log")
+        rank = f" [rank {self.processes.rank}]" if self.processes.several else ""
+        self._file.setFormatter(logging.Formatter(f"%(asctime)s{rank} %(levelname)s %(message)s"))
         self._early.setTarget(self._file)
         self._early.flush()
         log.removeHandler(self._early)
         log.addHandler(self._file)
+        if earlier.get("state") == "running" and self.processes.is_main:
+            log.info("note        the attempt before this one ended without a word: killed, or the machine went down")
         self.update(state="running", step=step)
 
     def update(self, **values: Any) -> None:
-        """Writes `status.json` anew, never leaving half a file behind."""
+        """Writes `status.json` anew, never leaving half a file behind; only on rank 0."""
         self.status |= {**values, "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        write_json(self.directory / "status.json", self.status)
+        if self.processes.is_main:
+            self._write_status()
+
+    def _write_status(self) -> None:
+        """A disk that is full for a while must not end a run that goes on without it."""
+        try:
+            write_json(self.directory / "status.json", self.status)
+            self._status_written = True
+        except OSError as error:
+            if self._status_written:
+                log.warning("status.json cannot be written for now: %s", error)
+            self._status_written = False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -69,25 +97,46 @@ class Run:
         try:
             if error is None:
                 self.update(state="finished", exit_code=0)
+            elif isinstance(error, Preempted):
+                self._preempted(error)
+                raise SystemExit(EXIT_PREEMPTED) from None
             elif self._file is None and isinstance(error, ValueError):
                 self._remove_unused_directory()
             else:
                 self._fail(error)
-                raise SystemExit(self.status["exit_code"]) from None
+                raise SystemExit(exit_code(error)) from None
         finally:
             for handler in (self._early, self._file, self._stdout):
                 if handler is not None:
                     log.removeHandler(handler)
                     handler.close()
 
+    def _preempted(self, error: Preempted) -> None:
+        if self._file is None:  # still starting up: the step is that of the attempt before
+            self.begin(step=read_status(self.directory).get("step", 0))
+        self.update(state="preempted", reason=str(error), exit_code=EXIT_PREEMPTED)
+        log.info(
+            "preempted   %s at step %d; the same command with run_dir=%s goes on from there",
+            error,
+            self.status["step"],
+            self.directory,
+        )
+        preemption.hand_on()
+
     def _fail(self, error: BaseException) -> None:
         if self._file is None:
             self.begin()
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-        self.update(state="failed", reason=reason, exit_code=_exit_code(error))
-        with (self.directory / "train.log").open("a") as file:
+        reason = f"rank {self.processes.rank}: {reason}" if self.processes.several else reason
+        # When one rank fails, the others lose their connection to it; what counts is the failure that came first.
+        if not (self.processes.several and read_status(self.directory).get("state") == "failed"):
+            self.status |= {"state": "failed", "reason": reason, "exit_code": exit_code(error)}
+            self._write_status()
+        with contextlib.suppress(OSError), (self.directory / "train.log").open("a") as file:
             file.write("".join(traceback.format_exception(error)))
         log.error("%s (full traceback in %s)", reason, self.directory / "train.log")
+        if self.processes.several:  # rank 0 may be waiting for this one, and print nothing of it
+            print(f"[rank {self.processes.rank}]", *traceback.format_exception(error), sep="\n", file=sys.stderr)
 
     def _remove_unused_directory(self) -> None:
         """Takes away the directory that Hydra has made for the run, if nothing else is in it."""
@@ -95,19 +144,41 @@ class Run:
             shutil.rmtree(self.directory)
 
 
-def _exit_code(error: BaseException) -> int:
+def exit_code(error: BaseException) -> int:
+    """The exit code of a run that ends with `error`."""
     if isinstance(error, NonFiniteError):
         return EXIT_NON_FINITE
     if isinstance(error, ValueError):
         return EXIT_BAD_CONFIGURATION
-    return 130 if isinstance(error, KeyboardInterrupt) else EXIT_FAILED
+    return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_FAILED
+
+
+def read_status(directory: Path) -> dict[str, Any]:
+    """The `status.json` of a run directory; empty where there is none."""
+    try:
+        status: dict[str, Any] = json.loads((directory / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return status
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes to a temporary name beside `path`, then renames: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class _LogFile(logging.FileHandler):
+    """Leaves out what cannot be written: the terminal has it too."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  the name is logging's
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 class _CurrentStdout(logging.StreamHandler[TextIO]):

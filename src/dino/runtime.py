@@ -16,8 +16,10 @@ import torch
 AUTOCAST_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device(device: str) -> torch.device:
-    """`auto` is the first CUDA device if there is one, otherwise the CPU.
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
+    """`auto` is a CUDA device if there is one, otherwise the CPU; the ranks of one machine take one GPU each.
+
+    A launcher may show each rank only its own GPU, hence the remainder.
 
     Raises:
         ValueError: for `cuda` on a machine without a usable CUDA device.
@@ -26,6 +28,10 @@ def choose_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"trainer.device={device}: torch sees no CUDA device here; use auto or cpu")
+    if device == "cuda":
+        chosen = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(chosen)
+        return chosen
     return torch.device(device)
 
 

@@ -1,5 +1,6 @@
 """Training batches: the same with any number of workers, in spite of broken images, signals and early ends."""
 
+import itertools
 import logging
 import multiprocessing
 import os
@@ -9,13 +10,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from dino import preemption, ranks
 from dino.augmentation import MultiCrop, ViewBatch
-from dino.dataset import Folder, ImageDataset, Splits, StackedSource, TrainLoader
+from dino.dataset import Folder, ImageDataset, ShuffledSampler, Splits, StackedSource, TrainLoader
 
 MakeFolder = Callable[..., Folder]
 WriteImages = Callable[..., list[Path]]
@@ -120,11 +123,11 @@ def test_starting_in_the_middle_gives_the_same_batches() -> None:
 def test_two_ranks_share_the_batch_of_one(tmp_path: Path, write_images: WriteImages, folder: MakeFolder) -> None:
     write_images(tmp_path, 9)
     together = list(TrainLoader(folder(tmp_path, batch_size=4), crops(), seed=0).epoch(0))
-    ranks = [
+    apart = [
         list(TrainLoader(folder(tmp_path, batch_size=2), crops(), seed=0, rank=rank, world_size=2).epoch(0))
         for rank in range(2)
     ]
-    for whole, *parts in zip(together, *ranks, strict=True):
+    for whole, *parts in zip(together, *apart, strict=True):
         assert torch.equal(torch.cat([part.global_views for part in parts], 1), whole.global_views)
 
 
@@ -207,18 +210,149 @@ def test_a_batch_larger_than_the_dataset_is_told_at_once() -> None:
         TrainLoader(memory(batch_size=301), crops(1), seed=0)
 
 
-def test_workers_survive_the_signals_that_preempt_a_run() -> None:
+@pytest.mark.parametrize("number", preemption.SIGNALS)
+def test_workers_survive_the_signals_that_preempt_a_run(number: signal.Signals) -> None:
     batches = TrainLoader(memory(num_workers=2), crops(1), seed=0).epoch(0)
     made = [next(batches), next(batches)]
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
         assert worker.pid is not None
-        os.kill(worker.pid, signal.SIGTERM)
-        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, number)
     made += list(batches)
     assert_same(made, epoch_of(memory()))
     assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_signals_to_the_whole_group_leave_the_loader_reading(kind: str) -> None:
+    """One of each kind: the main process notes them, the workers ignore them, and every batch comes."""
+    program = (
+        "import multiprocessing, os, sys\n"
+        "from dino import preemption\n"
+        "from dino.dataset import EvaluationLoader\n"
+        "from test_loader import TrainLoader, crops, memory\n"
+        "preemption.listen()\n"
+        "if sys.argv[1] == 'training':\n"
+        "    batches = TrainLoader(memory(num_workers=2), crops(1), seed=0).epoch(0)\n"
+        "else:\n"
+        "    batches = iter(EvaluationLoader(memory().train(), 8, 8, 40, num_workers=2))\n"
+        "next(batches)\n"
+        "workers = multiprocessing.active_children()\n"
+        "for number in preemption.SIGNALS:\n"
+        "    os.killpg(0, number)\n"
+        "    next(batches)\n"
+        "print(preemption.requested(), [worker.is_alive() for worker in workers], sum(1 for _ in batches))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, kind],
+        cwd=Path(__file__).parent,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0
+    num_left = {"training": 7 - 5, "evaluation": 8 - 5}[kind]  # of 300 images in batches of 40
+    assert done.stdout == f"True [True, True] {num_left}\n"
+
+
+def test_ranks_share_what_they_could_not_read(
+    tmp_path: Path,
+    write_images: WriteImages,
+    truncate: Callable[[Path], None],
+    folder: MakeFolder,
+    run_ranks: Callable[..., list[Any]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    files = write_images(tmp_path, 12, ".jpg")
+    for number in (2, 7, 11):
+        truncate(files[number])
+
+    def two_epochs() -> tuple[set[int], list[str], list[list[int]]]:
+        dataset = folder(tmp_path, batch_size=3, max_bad_fraction=0.25)
+        loader = TrainLoader(dataset, crops(), seed=0, rank=ranks.rank(), world_size=ranks.world_size())
+        seen = []
+        own: set[int] = set()
+        for epoch in range(2):
+            for batch in loader.epoch(epoch):
+                own |= set(batch.bad)
+            loader.share_bad_images()
+            seen.append(list(loader.bad_images))
+        return own, caplog.messages, seen
+
+    (one, said, shared), (other, also_said, also_shared) = run_ranks(two_epochs, 2)
+    assert one
+    assert other
+    assert shared == also_shared == [[2, 7, 11]] * 2
+    warnings = said + also_said
+    assert [sum(f"{files[number]}: " in line for line in warnings) for number in (2, 7, 11)] == [1, 1, 1]
+
+
+def test_too_many_unreadable_images_of_all_ranks_stop_every_rank(
+    tmp_path: Path,
+    write_images: WriteImages,
+    truncate: Callable[[Path], None],
+    folder: MakeFolder,
+    run_ranks: Callable[..., list[Any]],
+) -> None:
+    """One each is allowed for a single rank; together it is too much."""
+    files = write_images(tmp_path, 12, ".jpg")
+    order = next(ShuffledSampler(12, 6, seed=0, rank=0, world_size=2).batches(0)).tolist()
+    broken = sorted([order[0], next(number for number in range(12) if number not in order)])
+    for number in broken:
+        truncate(files[number])
+
+    def one_epoch() -> str:
+        dataset = folder(tmp_path, batch_size=6, max_bad_fraction=0.1)
+        loader = TrainLoader(dataset, crops(), seed=0, rank=ranks.rank(), world_size=ranks.world_size())
+        list(loader.epoch(0))
+        assert len(loader.bad_images) == 1
+        with pytest.raises(ValueError, match=r"2 of 12 training images.* dataset\.max_bad_fraction=0\.1") as caught:
+            loader.share_bad_images()
+        return str(caught.value)
+
+    one, other = run_ranks(one_epoch, 2)
+    assert one == other
+    assert all(str(files[number]) in one for number in broken)
+
+
+def test_sharing_changes_nothing_for_a_single_process() -> None:
+    loader = TrainLoader(memory(), crops(1), seed=0)
+    loader.load_state_dict({"bad_images": {3: "broken"}})
+    loader._max_bad_fraction = 0.5
+    loader.share_bad_images()
+    assert loader.state_dict() == {"bad_images": {3: "broken"}}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_together_see_every_image_exactly_once_an_epoch(
+    world_size: int, run_ranks: Callable[..., list[Any]]
+) -> None:
+    """Of 300 images, 9 batches of 32 are 288; only the incomplete last batch is dropped."""
+
+    def seen() -> list[list[int]]:
+        dataset = memory(batch_size=32 // ranks.world_size())
+        loader = TrainLoader(dataset, crops(1), seed=0, rank=ranks.rank(), world_size=ranks.world_size())
+        return [batch.indices.tolist() for batch in loader.epoch(1)]
+
+    together = [list(itertools.chain(*parts)) for parts in zip(*run_ranks(seen, world_size), strict=True)]
+    assert together == [batch.indices.tolist() for batch in epoch_of(memory(batch_size=32), epoch=1)]
+    images = list(itertools.chain(*together))
+    assert len(images) == len(set(images)) == 288
+
+
+def test_the_batches_of_two_ranks_are_the_halves_of_the_batch_of_one(run_ranks: Callable[..., list[Any]]) -> None:
+    def first_batch() -> list[np.ndarray[Any, Any]]:
+        loader = TrainLoader(memory(batch_size=16), crops(1), seed=0, rank=ranks.rank(), world_size=2)
+        batch = next(loader.epoch(0))
+        assert batch.local_views is not None
+        return [batch.global_views.numpy(), batch.local_views.numpy()]
+
+    whole = epoch_of(memory(batch_size=32))[0]
+    for views, *halves in zip((whole.global_views, whole.local_views), *run_ranks(first_batch, 2), strict=True):
+        assert views is not None
+        assert np.array_equal(np.concatenate(halves, axis=1), views.numpy())
 
 
 def test_leaving_an_epoch_early_ends_its_workers() -> None:

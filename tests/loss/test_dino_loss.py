@@ -143,12 +143,12 @@ def test_forward_changes_no_state() -> None:
     assert all(torch.equal(loss.state_dict()[name], value) for name, value in before.items())
 
 
-def test_forget_drops_what_was_observed() -> None:
+def test_a_skipped_update_drops_what_was_observed() -> None:
     student, teacher = logits(4, 2, 3, 8)
     loss, clean = make_loss(8, weighting="adaptive"), make_loss(8, weighting="adaptive")
     terms = loss(student, teacher, 2, 0.05)
     loss.observe(teacher * 5, terms)
-    loss.forget()
+    loss.update(progress=0.1, skipped=torch.tensor(True))
     for one in (loss, clean):
         one.observe(teacher, terms)
         one.update(progress=0.1)

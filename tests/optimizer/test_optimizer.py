@@ -88,8 +88,9 @@ def test_clipping_equals_a_plain_loop(mode: ClipMode, max_norm: float) -> None:
     parameters[2].grad = None
     expected = plainly_clipped(parameters, max_norm, mode)
     before = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm()
-    total = clip_gradients(parameters, max_norm, mode)
+    total, each = clip_gradients(parameters, max_norm, mode)
     torch.testing.assert_close(total, before)
+    torch.testing.assert_close(each.norm(), before)
     actual = [parameter.grad for parameter in parameters if parameter.grad is not None]
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
     assert parameters[2].grad is None
@@ -106,12 +107,12 @@ def test_small_gradients_are_not_touched() -> None:
 def test_clipping_can_be_off_and_still_measures(off: float | None) -> None:
     parameters = with_gradients(scale=100.0)
     before = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
-    assert clip_gradients(parameters, off) > 100
+    assert clip_gradients(parameters, off)[0] > 100
     assert all(torch.equal(p.grad, b) for p, b in zip(parameters, before, strict=True) if p.grad is not None)
 
 
 def test_clipping_without_gradients_and_with_wrong_settings() -> None:
-    assert clip_gradients(small_network().parameters(), 3.0) == 0
+    assert clip_gradients(small_network().parameters(), 3.0)[0] == 0
     with pytest.raises(ValueError, match=r"trainer\.clip_norm=-1"):
         clip_gradients(with_gradients(), -1)
     with pytest.raises(ValueError, match=r"trainer\.clip_mode=each: use per_tensor or global_norm"):

@@ -20,6 +20,7 @@ from dino.dataset.base import ImageDataset
 from dino.dataset.sampler import ShuffledSampler
 from dino.dataset.source import Source, UnreadableImage
 from dino.dataset.workers import BatchReader, iterate
+from dino.ranks import gather_objects
 
 log = logging.getLogger("dino")
 
@@ -87,6 +88,16 @@ class TrainLoader:
             assert made.views is not None, "a batch without views has too many bad images, which _count refuses"
             yield made.views.unpack() if isinstance(made.views, _PackedViews) else made.views
 
+    def share_bad_images(self) -> None:
+        """Tells all ranks of the unreadable images that each has met; every rank must call it.
+
+        Raises:
+            ValueError: on every rank, if they are together more than `dataset.max_bad_fraction`.
+        """
+        met = {index: reason for bad in gather_objects(self.bad_images) for index, reason in bad.items()}
+        self.bad_images = dict(sorted(met.items()))  # in one order, however often and when they are shared
+        self._refuse_too_many()
+
     def state_dict(self) -> dict[str, Any]:
         """The unreadable images met so far: a resumed run goes on counting."""
         return {"bad_images": dict(self.bad_images)}
@@ -103,6 +114,9 @@ class TrainLoader:
             if index not in self.bad_images:
                 self.bad_images[index] = reason
                 log.warning("unreadable image, replaced by the next one: %s: %s", self._source.name(index), reason)
+        self._refuse_too_many()
+
+    def _refuse_too_many(self) -> None:
         # Whatever the share, a set without one readable image stops the run.
         if len(self.bad_images) > self._max_bad or len(self.bad_images) == len(self._source):
             raise ValueError(self._complaint())

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from dino import preemption
+
 PREFETCHED_BATCHES = 2  # of each worker, ahead of the training step
 
 Item = TypeVar("Item")
@@ -65,8 +67,8 @@ def _as_it_is(item: Item) -> Item:
 
 
 def _ignore_signals(_worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in preemption.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register

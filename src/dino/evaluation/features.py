@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dino import preemption
+from dino.ranks import any_rank, gather_rows
+
 
 def extract_features(
     model: Callable[[Tensor], Tensor],
@@ -22,6 +25,9 @@ def extract_features(
     std: Sequence[float],
 ) -> tuple[Tensor, Tensor | None]:
     """Runs every image of `loader` through `model`, which is in evaluation mode meanwhile.
+
+    Under several ranks all of them call it, each with a loader of its own part, which may be empty; every rank gets the
+    rows of all, in the order of the ranks.
 
     Args:
         model: normalised images [n, C, H, W] -> features [n, D]. A module must be on `device`; its training mode, and
@@ -36,23 +42,28 @@ def extract_features(
         Features [N, D] in float32 and labels [N] (None where the loader has none), both on the CPU, in their order.
 
     Raises:
-        ValueError: for a loader without images.
+        ValueError: for loaders without images.
+        Preempted: a signal came to this rank or another.
     """
     features: list[Tensor] = []
     labels: list[Tensor] = []
     mode = evaluation_mode(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
     with torch.inference_mode(), mode:
-        for images, batch_labels in loader:
+        for images, batch_labels in preemption.until_requested(loader):
             views = normalized(images.to(device, non_blocking=True), mean, std)
             with autocast():
                 batch = model(views)
             features.append(batch.float().cpu())
             if batch_labels is not None:
                 labels.append(batch_labels)
-    if not features:
-        raise ValueError("there are no images to extract features from")
+    preemption.check()
     # Joined outside of inference mode: a probe that trains on inference tensors would be refused by autograd.
-    return torch.cat(features), torch.cat(labels) if labels else None
+    rows = gather_rows(torch.cat(features) if features else torch.empty(0))
+    if len(rows) == 0:
+        raise ValueError("there are no images to extract features from")
+    if not any_rank(bool(labels)):
+        return rows, None
+    return rows, gather_rows(torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64))
 
 
 def normalized(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from dino import preemption
+from dino.ranks import any_rank, gather_objects, own_part
+
 log = logging.getLogger("dino")
 
 # One chunk of similarities is 512 x 16384 values: 32 MiB in float32, whatever the size of bank and queries.
@@ -45,6 +48,8 @@ def knn_classify(
     classes, as the original. Equal similarities are ordered by bank row and equal votes by class, so that the result
     does not depend on the sizes of the chunks. A k beyond the size of the bank uses the whole bank, with a notice.
 
+    Under several ranks all of them call it with the same arguments; each classifies its own part of the queries.
+
     Args:
         bank_features: [N, D], not necessarily normalised; float64 is kept, anything lower is raised to float32.
         bank_labels: [N], whole numbers from 0 to C - 1.
@@ -59,6 +64,7 @@ def knn_classify(
 
     Raises:
         ValueError: for empty, non-finite or mismatched features, labels outside of 0 to C - 1, or options out of range.
+        Preempted: a signal came to this rank or another.
     """
     _check(bank_features, bank_labels, num_classes, "bank")
     _check(query_features, query_labels, num_classes, "query")
@@ -70,21 +76,27 @@ def knn_classify(
         log.warning("k-NN with k=%d: the bank has only %d images, so all of them vote", max(neighbours), bank_size)
     device = bank_features.device if device is None else device
     largest = min(max(neighbours), bank_size)
+    own = own_part(len(query_features), query_chunk)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         similarities, rows = nearest_neighbours(
-            bank_features, query_features, largest, bank_chunk=bank_chunk, query_chunk=query_chunk, device=device
+            bank_features, query_features[own], largest, bank_chunk=bank_chunk, query_chunk=query_chunk, device=device
         )
         # NaN counts as the largest value in topk and sort, so a single broken row shows here.
-        if not bool(similarities.isfinite().all()):
+        if any_rank(not bool(similarities.isfinite().all())):
             raise ValueError("k-NN got features that are not finite: the network that made them has diverged")
         # Relative to the nearest neighbour, which leaves the order of the votes as it is and cannot overflow.
         weights = ((similarities - similarities[:, :1]) / temperature).exp()
         labels = bank_labels.to(device)[rows]
-        targets = query_labels.to(device)
+        targets = query_labels[own].to(device)
         hits = _count_hits(weights, labels, targets, num_classes, set(neighbours), query_chunk)
+    preemption.check()
+    parts = gather_objects(hits)
     num_queries = len(query_features)
-    results = {k: hits[min(k, bank_size)] for k in neighbours}
-    return {k: KNNResult(top1 * 100.0 / num_queries, top5 * 100.0 / num_queries) for k, (top1, top5) in results.items()}
+    results = {}
+    for k in neighbours:
+        top1, top5 = (sum(counts) for counts in zip(*(part[min(k, bank_size)] for part in parts), strict=True))
+        results[k] = KNNResult(top1 * 100.0 / num_queries, top5 * 100.0 / num_queries)
+    return results
 
 
 def nearest_neighbours(
@@ -100,13 +112,17 @@ def nearest_neighbours(
 
     Beyond the inputs it needs 2 * M * k values and one chunk of similarities. Equal similarities keep the order of the
     bank. k is at most N.
+
+    Raises:
+        Preempted: a signal came to this rank or another; every rank must call it, with queries or without.
     """
     assert 1 <= k <= len(bank), f"k={k} of a bank of {len(bank)}"
     device = bank.device if device is None else device
     best = torch.empty(len(queries), 0, dtype=_compute_type(queries), device=device)
     best_rows = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
     merged: list[tuple[Tensor, Tensor]] = []
-    for first_row, first_query, similarity in similarity_chunks(bank, queries, bank_chunk, query_chunk, device):
+    chunks = similarity_chunks(bank, queries, bank_chunk, query_chunk, device)
+    for first_row, first_query, similarity in preemption.until_requested(chunks):
         span = slice(first_query, first_query + len(similarity))
         values, rows = _top(similarity, min(k, similarity.shape[1]))
         # Rows of earlier chunks come first, so that a stable sort keeps the order of the bank among equals.
@@ -117,7 +133,8 @@ def nearest_neighbours(
         if span.stop == len(queries):
             best, best_rows = (torch.cat(parts) for parts in zip(*merged, strict=True))
             merged = []
-    return best, best_rows
+    preemption.check()
+    return best.reshape(len(queries), k), best_rows.reshape(len(queries), k)  # [0, k] without queries
 
 
 def similarity_chunks(
@@ -166,7 +183,7 @@ def _count_hits(
     wanted = {min(k, largest) for k in neighbours}
     hits = dict.fromkeys(wanted, (0, 0))
     classes = torch.arange(num_classes, device=weights.device)
-    for first in range(0, len(targets), chunk):
+    for first in preemption.until_requested(range(0, len(targets), chunk)):
         weight, label, target = (part[first : first + chunk] for part in (weights, labels, targets))
         votes = weight.new_zeros(len(weight), num_classes)
         for position in range(largest):

@@ -2,7 +2,10 @@
 
 import logging
 
+import numpy as np
+
 from dino.dataset import EvaluationLoader, ImageDataset, Source, SubsetSource, spread_indices
+from dino.ranks import own_part, world_size
 
 log = logging.getLogger("dino")
 
@@ -18,7 +21,12 @@ def limited(source: Source, limit: int | None) -> Source:
 
 
 def evaluation_loader(source: Source, dataset: ImageDataset) -> EvaluationLoader:
-    """Reads `source` as `dataset` is evaluated: resized, cropped to the center, in order, none left out."""
+    """Reads `source` as `dataset` is evaluated: resized, cropped to the center, in order, none left out.
+
+    Under several ranks each reads its own part, in the batches of a single process.
+    """
+    if world_size() > 1:
+        source = SubsetSource(source, np.arange(len(source))[own_part(len(source), dataset.batch_size)])
     return EvaluationLoader(
         source,
         size=dataset.evaluation_size,

@@ -4,7 +4,8 @@ Shapes: B images in a batch, G global views, V all views, K prototypes.
 """
 
 import copy
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dino import preemption, ranks
 from dino.augmentation import MultiCrop, ViewBatch
 from dino.dataset import Source, UnreadableImage, spread_indices
 from dino.dataset.workers import BatchReader, iterate
@@ -35,6 +37,8 @@ class ValidationLossEvaluator:
     stream, and with the running statistics of batch norm. The loss works on a copy of the loss module, so the center is
     the one of the run and stays as it is.
 
+    Under several ranks each takes some of the batches, and every rank gets the value that a single process would.
+
     Args:
         every_epochs: period; read by the trainer.
         max_samples: at most so many held-out images, spread over the split.
@@ -55,33 +59,44 @@ class ValidationLossEvaluator:
                 )
 
     def evaluate(self, inputs: EvaluationInputs) -> dict[str, float]:
-        """Means over the held-out images; empty, with one line in the log, where there is no held-out split."""
+        """Means over the held-out images; empty, with one line in the log, where there is no held-out split.
+
+        Raises:
+            Preempted: a signal came to this rank or another.
+        """
         splits = inputs.dataset.evaluation()
         if splits is None:
             self._once.say(f"no validation loss: dataset {inputs.dataset.name} has no held-out split")
             return {}
         loss = copy.deepcopy(inputs.loss).eval()
-        sums: dict[str, float] = {}
-        num_images = 0
-        with torch.inference_mode(), evaluation_mode(inputs.model):
-            for views in self._views(inputs, splits[1]):
-                batch_size = views.global_views.shape[1]
+        indices = spread_indices(len(splits[1]), smaller(self.max_samples, inputs.limit_samples))
+        size = inputs.dataset.batch_size
+        batches = [indices[first : first + size] for first in range(0, len(indices), size)]
+        batches = batches[ranks.own_part(len(batches))]
+        own: list[tuple[int, dict[str, float]]] = []  # of each batch: B and its losses
+        # Some ranks may have a batch less, so inside none may wait for the others.
+        with torch.inference_mode(), evaluation_mode(inputs.model), ranks.alone():
+            for views in preemption.until_requested(self._views(inputs, splits[1], batches)):
                 terms = _loss_terms(inputs, loss, views)
                 named = {"loss": terms.total, "loss_global": terms.global_term, "loss_local": terms.local_term}
-                for name, value in named.items():
-                    if value is not None:
-                        # A batch's loss is the mean over its images, so weighting by B makes the last one count right.
-                        sums[name] = sums.get(name, 0.0) + batch_size * value.item()
-                num_images += batch_size
+                losses = {name: value.item() for name, value in named.items() if value is not None}
+                own.append((views.global_views.shape[1], losses))
+        preemption.check()
+        sums: dict[str, float] = {}
+        num_images = 0
+        for batch_size, losses in itertools.chain(*ranks.gather_objects(own)):
+            for name, value in losses.items():
+                # A batch's loss is the mean over its images, so weighting by B makes the last one count right.
+                sums[name] = sums.get(name, 0.0) + batch_size * value
+            num_images += batch_size
         if num_images == 0:
             self._once.say(f"no validation loss: no held-out image of dataset {inputs.dataset.name} can be read")
         return {f"val/{name}": total / num_images for name, total in sums.items()}
 
-    def _views(self, inputs: EvaluationInputs, source: Source) -> Iterator[ViewBatch]:
+    def _views(
+        self, inputs: EvaluationInputs, source: Source, batches: Sequence[NDArray[np.int64]]
+    ) -> Iterator[ViewBatch]:
         """Float views on the device, the last batch as small as it comes out. Unreadable images are left out."""
-        indices = spread_indices(len(source), smaller(self.max_samples, inputs.limit_samples))
-        size = inputs.dataset.batch_size
-        batches = [indices[first : first + size] for first in range(0, len(indices), size)]
         reader = _HeldOutReader(source, inputs.augmentation, inputs.seed)
         for views, failures in iterate(reader, batches, num_workers=min(inputs.dataset.num_workers, MAX_WORKERS)):
             for failure in failures:

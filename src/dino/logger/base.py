@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,14 +15,30 @@ class RunContext:
     steps_per_epoch: int
 
 
-class Logger(Protocol):
-    """A place that metrics go to. `step` counts finished optimizer steps: 0 is the untrained network."""
+class Logger:
+    """A place that metrics go to. `step` counts finished optimizer steps: 0 is the untrained network.
 
-    def start(self, context: RunContext) -> None: ...
+    Only rank 0 has loggers. Every method may be left as it is here.
+    """
 
-    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+    def start(self, context: RunContext) -> None:
+        """Called once, after `load_state_dict` in a resumed run."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Metrics of a logged step or of an evaluation."""
+
+    def event(self, step: int, name: str, text: str) -> None:
+        """Something that happened at a step, in words."""
 
     def advance(self, step: int) -> None:
         """Called after every step, logged or not; must cost next to nothing."""
 
-    def close(self) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on in the same place; plain types. Everything logged so far is on the disk."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`."""
+
+    def close(self) -> None:
+        """Called once, also after a failure."""

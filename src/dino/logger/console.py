@@ -5,7 +5,7 @@ import time
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dino.logger.base import RunContext
+from dino.logger.base import Logger, RunContext
 
 SHOWN = {  # metric -> label and format on the progress line
     "train/loss": ("loss", "{:.3f}"),
@@ -15,7 +15,7 @@ SHOWN = {  # metric -> label and format on the progress line
 }
 
 
-class Console:
+class Console(Logger):
     """Shows step, loss, learning rate, images/s, time left and the last k-NN.
 
     Args:

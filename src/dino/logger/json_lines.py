@@ -1,50 +1,88 @@
-"""`metrics.jsonl`: one JSON object a logged step; the truth that everything else is drawn from."""
+"""`metrics.jsonl`: one JSON object a logged step or event; the truth that everything else is drawn from."""
 
+import io
 import json
+import logging
 import math
+import os
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
-from dino.logger.base import RunContext
+from dino.logger.base import Logger, RunContext
+
+log = logging.getLogger("dino")
 
 
-class JSONLinesLogger:
+class JSONLinesLogger(Logger):
     """Appends one line a logged step: `step`, `epoch`, `time` (Unix time [s]) and the metrics by name.
 
-    A resumed run first drops the lines of steps after its checkpoint, which it is about to write again.
-    Non-finite values become `null`, since JSON has no NaN.
+    An event is a line with `event` (its name) and `text` in place of metrics. Non-finite values become `null`, since
+    JSON has no NaN. A checkpoint knows how many lines there were; a run resumed from it first drops those after them,
+    which it is about to write again, so that no step is doubled or missing.
     """
 
     def __init__(self) -> None:
-        self._file: TextIO | None = None
+        self._file: io.FileIO | None = None
+        self._num_lines = 0
         self._steps_per_epoch = 1
+        self._unwritten = b""  # lines for which the disk had no room yet
 
     def start(self, context: RunContext) -> None:
         path = context.run_dir / "metrics.jsonl"
-        drop_lines_after(path, context.first_step if context.first_step > 0 else -1)
+        self._num_lines = keep_first_lines(path, self._num_lines)
         self._steps_per_epoch = context.steps_per_epoch
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        assert self._file is not None, "start() comes first"
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        line = {"step": step, "epoch": step / self._steps_per_epoch, "time": time.time(), **finite}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._write(step, {name: value if math.isfinite(value) else None for name, value in metrics.items()})
 
-    def advance(self, step: int) -> None:
-        """Unlogged steps leave no line."""
+    def event(self, step: int, name: str, text: str) -> None:
+        self._write(step, {"event": name, "text": text})
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._file is not None:
+            self._write_out()
+            os.fsync(self._file.fileno())
+        return {"num_lines": self._num_lines}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._num_lines = state["num_lines"]
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
 
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        assert self._file is not None, "start() comes first"
+        line = {"step": step, "epoch": step / self._steps_per_epoch, "time": time.time(), **values}
+        waiting = bool(self._unwritten)
+        self._unwritten += json.dumps(line).encode() + b"\n"
+        self._num_lines += 1
+        try:
+            self._write_out()
+        except OSError as error:
+            if not waiting:
+                log.warning("metrics.jsonl cannot be written, its lines are kept until it can: %s", error)
 
-def read_lines(path: Path) -> list[dict[str, float]]:
+    def _write_out(self) -> None:
+        """Writes all lines that wait, whole or not at all."""
+        assert self._file is not None
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            written = 0
+            while written < len(self._unwritten):
+                written += self._file.write(self._unwritten[written:])
+        except OSError:
+            self._file.truncate(end)
+            raise
+        self._unwritten = b""
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; a last line cut short by a crash is left out."""
-    lines: list[dict[str, float]] = []
+    lines: list[dict[str, Any]] = []
     for text in path.read_text().splitlines():
         try:
             lines.append(json.loads(text))
@@ -53,11 +91,16 @@ def read_lines(path: Path) -> list[dict[str, float]]:
     return lines
 
 
-def drop_lines_after(path: Path, step: int) -> None:
-    """Rewrites the file without the lines of later steps (and without a torn last line)."""
+def keep_first_lines(path: Path, count: int) -> int:
+    """Cuts the file behind its first `count` whole lines; returns how many it has then."""
     if not path.exists():
-        return
-    kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+        return 0
+    with path.open("r+b") as file:
+        kept = 0
+        end = 0
+        for line in file:
+            if kept == count or not line.endswith(b"\n"):
+                break
+            kept, end = kept + 1, end + len(line)
+        file.truncate(end)
+    return kept

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dino.loss.precision import at_least_float32, no_autocast
-from dino.loss.ranks import max_over_ranks, sum_over_ranks
+from dino.ranks import max_over_ranks, sum_over_ranks
 
 CenterInit = Literal["zeros", "first_batch"]
 
@@ -19,7 +19,7 @@ class Centering(nn.Module, ABC):
     """How the teacher's logits become probabilities.
 
     `targets` reads the state and never changes it. During an optimizer step `observe` collects the teacher logits of
-    every micro-batch; `update` moves the state once, after the step; `forget` drops what a failed step collected.
+    every micro-batch; `update` moves the state once, after the step.
     """
 
     @abstractmethod
@@ -31,12 +31,11 @@ class Centering(nn.Module, ABC):
         """Collects the logits [N, K] of one micro-batch."""
 
     @abstractmethod
-    def update(self) -> None:
-        """Takes in what was observed since the last update, over all micro-batches and ranks."""
+    def update(self, skipped: Tensor | None = None) -> None:
+        """Takes in what was observed since the last update, over all micro-batches and ranks.
 
-    @abstractmethod
-    def forget(self) -> None:
-        """Drops what was observed since the last update."""
+        Where `skipped` (0-d, bool, on the device) is true, it is dropped instead.
+        """
 
     @abstractmethod
     def reset(self) -> None:
@@ -92,27 +91,26 @@ class EMACentering(Centering):
         self._count += len(teacher_logits)
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, skipped: Tensor | None = None) -> None:
         if self._sum is None:
             return
         count = self._sum.new_full((1, 1), self._count)
         summed = sum_over_ranks(torch.cat([self._sum, count], dim=1))  # one message for both
         mean = (summed[:, :-1] / summed[:, -1:]).to(self.center.dtype)
         moved = self.center * self.momentum + mean * (1 - self.momentum)
+        if skipped is None:
+            skipped = torch.zeros((), dtype=torch.bool, device=moved.device)
         if isinstance(self.started, Tensor):
             moved = torch.where(self.started, moved, mean)
-            self.started.fill_(True)
-        self.center.copy_(moved)
-        self.forget()
-
-    def forget(self) -> None:
+            self.started.logical_or_(~skipped)
+        self.center.copy_(torch.where(skipped, self.center, moved))
         self._sum, self._count = None, 0
 
     def reset(self) -> None:
         self.center.zero_()
         if isinstance(self.started, Tensor):
             self.started.fill_(False)
-        self.forget()
+        self._sum, self._count = None, 0
 
 
 class SinkhornKnopp(Centering):
@@ -147,11 +145,8 @@ class SinkhornKnopp(Centering):
     def observe(self, teacher_logits: Tensor) -> None:
         """Nothing: the batch balances itself."""
 
-    def update(self) -> None:
+    def update(self, skipped: Tensor | None = None) -> None:
         """Nothing to move."""
-
-    def forget(self) -> None:
-        """Nothing to drop."""
 
     def reset(self) -> None:
         """Nothing to reset."""

@@ -55,7 +55,7 @@ class DINOLoss(nn.Module):
     cross-entropy is the sum of products of a probability and minus a log-probability, so never negative.
 
     `forward` changes no state. A training step calls `observe` for each micro-batch and `update` once at its end, so
-    that step n trains with the center of step n - 1, as the original; `forget` after a step that failed.
+    that step n trains with the center of step n - 1, as the original.
 
     Args:
         centering: from teacher logits to targets; holds the center.
@@ -134,15 +134,13 @@ class DINOLoss(nn.Module):
         if terms.local_term is not None:
             self.weighting.observe(terms.global_term, terms.local_term)
 
-    def update(self, progress: float) -> None:
-        """Moves center and weights, once per optimizer step; `progress` is the share of the run done, 0 to 1."""
-        self.centering.update()
-        self.weighting.update(progress)
+    def update(self, progress: float, skipped: Tensor | None = None) -> None:
+        """Moves center and weights, once per optimizer step; `progress` is the share of the run done, 0 to 1.
 
-    def forget(self) -> None:
-        """Drops what was observed since the last update."""
-        self.centering.forget()
-        self.weighting.forget()
+        Where `skipped` (0-d, bool, on the device) is true, what was observed is dropped instead.
+        """
+        self.centering.update(skipped)
+        self.weighting.update(progress, skipped)
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits [B, K] against targets [B, K]; the mean over images, 0-d."""

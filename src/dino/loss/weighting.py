@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from dino.loss.ranks import sum_over_ranks
+from dino.ranks import sum_over_ranks
 
 WeightingName = Literal["pairs", "balanced", "adaptive"]
 Weights = tuple[float | Tensor, float | Tensor]
@@ -21,8 +21,7 @@ class Weighting(nn.Module, ABC):
     """total = w_g * global term + w_l * local term, with (w_g, w_l) = `weights(n_g, n_l)`.
 
     `weights` reads the state and never changes it. During an optimizer step `observe` collects the terms of every
-    micro-batch, `update` moves the state once after it, `forget` drops what a failed step collected. Weights without
-    state leave these three as they are.
+    micro-batch, `update` moves the state once after it. Weights without state leave these two as they are.
     """
 
     @abstractmethod
@@ -32,11 +31,11 @@ class Weighting(nn.Module, ABC):
     def observe(self, global_term: Tensor, local_term: Tensor) -> None:
         """Collects the 0-d terms of one micro-batch."""
 
-    def update(self, progress: float) -> None:
-        """Takes in what was observed; `progress` is the share of the run that is done, 0 to 1."""
+    def update(self, progress: float, skipped: Tensor | None = None) -> None:
+        """Takes in what was observed; `progress` is the share of the run that is done, 0 to 1.
 
-    def forget(self) -> None:
-        """Drops what was observed since the last update."""
+        Where `skipped` (0-d, bool, on the device) is true, it is dropped instead.
+        """
 
 
 class PairsWeighting(Weighting):
@@ -113,17 +112,18 @@ class AdaptiveWeighting(Weighting):
         self._sum = seen if self._sum is None else self._sum + seen
 
     @torch.no_grad()
-    def update(self, progress: float) -> None:
+    def update(self, progress: float, skipped: Tensor | None = None) -> None:
         assert 0 <= progress <= 1, f"a share of {progress} of the run is done"
         if self._sum is None:
             return
         summed = sum_over_ranks(self._sum)
         means = (summed[:2] / summed[2]).to(self.magnitudes.dtype)
-        self.magnitudes.mul_(self.momentum).add_(means, alpha=1 - self.momentum)
-        self.phase.fill_((1 - math.cos(math.pi * progress)) / 2)
-        self.forget()
-
-    def forget(self) -> None:
+        magnitudes = (self.magnitudes * self.momentum).add_(means, alpha=1 - self.momentum)
+        phase = torch.full_like(self.phase, (1 - math.cos(math.pi * progress)) / 2)
+        if skipped is None:
+            skipped = torch.zeros((), dtype=torch.bool, device=phase.device)
+        self.magnitudes.copy_(torch.where(skipped, self.magnitudes, magnitudes))
+        self.phase.copy_(torch.where(skipped, self.phase, phase))
         self._sum = None
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dino.loss import DINOLoss, EMACentering, LossTerms
+from dino.ranks import max_over_ranks, sum_over_ranks, world_size
 
 
 class StepFigures(Protocol):
@@ -51,7 +52,8 @@ class Statistics:
         """Everything about one step; the host waits for the device once, when all of it is read.
 
         Teacher probabilities are those that the step trained with, so that `entropy_teacher + kl_teacher_student` is
-        the loss (without KoLeo, and with all pairs weighted equally).
+        the loss (without KoLeo, and with all pairs weighted equally). Under several ranks all of them call it, and the
+        values are means over the ranks; prototypes used on any of them count.
         """
         with torch.no_grad():
             targets = figures.terms.targets
@@ -62,7 +64,8 @@ class Statistics:
             }
             if isinstance(loss.centering, EMACentering):
                 values["center_norm"] = loss.centering.center.norm()
-            numbers = torch.stack([value.to(figures.terms.total) for value in values.values()]).tolist()
+            own = torch.stack([value.to(figures.terms.total) for value in values.values()])
+            numbers = (sum_over_ranks(own) / world_size()).tolist()
         return {f"train/{name}": number for name, number in zip(values, numbers, strict=True)}
 
 
@@ -82,8 +85,8 @@ def distribution_statistics(
 ) -> dict[str, Tensor]:
     """How sharp, how alike and how spread the outputs of teacher and student are; every value is 0-d.
 
-    Computed in at least float32. Entropies and KL are in nats. Means over pairs run over the pairs of the loss: teacher
-    view i with every student view j other than i, all pairs counting equally.
+    Computed in at least float32, of the outputs of this rank. Entropies and KL are in nats. Means over pairs run over
+    the pairs of the loss: teacher view i with every student view j other than i, all pairs counting equally.
 
     - `entropy_teacher`, `entropy_student`: mean entropy of the outputs, from 0 to ln K; the student's also for its
       global and local views alone (`entropy_student_global`, `entropy_student_local`).
@@ -92,7 +95,8 @@ def distribution_statistics(
     - `confidence_teacher`: mean largest probability of the teacher.
     - `teacher_agreement`: share of images for which all teacher views have the same most likely prototype.
     - `student_teacher_agreement`: share of pairs whose most likely prototypes are the same.
-    - `num_prototypes_used`: how many prototypes are the most likely one of some teacher output in this batch.
+    - `num_prototypes_used`: how many prototypes are the most likely one of some teacher output in this batch, on
+      whichever rank.
 
     Args:
         student_logits: [V*B, K], view-major.
@@ -128,7 +132,7 @@ def distribution_statistics(
         "confidence_teacher": confidence.mean(),
         "teacher_agreement": (teacher_top == teacher_top[:1]).all(dim=0).to(teacher.dtype).mean(),
         "student_teacher_agreement": torch.stack(agreements).sum() / num_pairs,
-        "num_prototypes_used": used.sum(),
+        "num_prototypes_used": max_over_ranks(used).sum(),
     }
     if num_views > num_global_views:
         statistics["entropy_student_local"] = entropy_student[num_global_views:].mean()

@@ -29,8 +29,11 @@ class EMA:
         self.buffers = buffers
 
     @torch.no_grad()
-    def update(self, student: nn.Module, teacher: nn.Module, momentum: float) -> None:
+    def update(self, student: nn.Module, teacher: nn.Module, momentum: float, skipped: Tensor | None = None) -> None:
         """One update. The two modules must have the same parameters and buffers in the same order.
+
+        Where `skipped` (0-d, bool, on their device) is true the parameters stay as they are, without a look at it from
+        the host. (A skipped step leaves the student as it was, so its buffers may be copied again.)
 
         Raises:
             ValueError: for a momentum outside of 0 to 1.
@@ -46,7 +49,20 @@ class EMA:
             if copied:
                 torch._foreach_copy_([own for own, _ in copied], [other for _, other in copied])
         if moved:
-            torch._foreach_lerp_([own for own, _ in moved], [other for _, other in moved], 1 - momentum)
+            own, other = [pair[0] for pair in moved], [pair[1] for pair in moved]
+            torch._foreach_lerp_(own, other, _weights(own, 1 - momentum, skipped))
+
+
+def _weights(tensors: list[Tensor], weight: float, skipped: Tensor | None) -> list[Tensor]:
+    """`weight`, or 0 where the step is skipped, in the type of each tensor."""
+    made: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    for tensor in tensors:
+        kind = (tensor.dtype, tensor.device)
+        if kind not in made:
+            made[kind] = torch.full((), weight, dtype=tensor.dtype, device=tensor.device)
+            if skipped is not None:
+                made[kind].masked_fill_(skipped, 0.0)
+    return [made[tensor.dtype, tensor.device] for tensor in tensors]
 
 
 def _pairs(teacher: list[Tensor], student: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

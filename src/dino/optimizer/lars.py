@@ -18,9 +18,15 @@ class LARS(torch.optim.Optimizer):
 
     You, Gitman & Ginsburg 2017; the original follows Barlow Twins in leaving 1-D parameters without decay and trust.
 
+    Like torch's fused optimizers it leaves everything as it is where `found_inf` is 1.0 (0-d, on the device), so that
+    the host need not wait to learn whether the gradients are finite.
+
     Raises:
         ValueError: for a value out of its range.
     """
+
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -63,9 +69,15 @@ class LARS(torch.optim.Optimizer):
             for index, update in zip(adapted, _trusted(weights, gradients, group), strict=True):
                 updates[index] = update
         velocities = [self._velocity(parameter) for parameter in parameters]
-        torch._foreach_mul_(velocities, group["momentum"])
-        torch._foreach_add_(velocities, updates)
-        torch._foreach_add_(parameters, velocities, alpha=-group["lr"])
+        moved = torch._foreach_mul(velocities, group["momentum"])
+        torch._foreach_add_(moved, updates)
+        steps = moved
+        if self.found_inf is not None:
+            skipped = self.found_inf.bool()
+            moved = tuple(torch.where(skipped, old, new) for old, new in zip(velocities, moved, strict=True))
+            steps = tuple(step.masked_fill(skipped, 0.0) for step in moved)
+        torch._foreach_copy_(velocities, moved)
+        torch._foreach_add_(parameters, steps, alpha=-group["lr"])
 
     def _velocity(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

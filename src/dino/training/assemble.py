@@ -2,7 +2,11 @@
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from dino import ranks
+from dino.backbone.sync_batch_norm import convert_sync_batch_norm
 from dino.config import build, result_settings
 from dino.dataset import TrainLoader
 from dino.model import MultiCropModel, StudentTeacher
@@ -24,29 +28,39 @@ def assemble(config: DictConfig, run: Run) -> Trainer:
     options: TrainerOptions = build(config, "trainer")
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
-    device = choose_device(options.device)
+    device = choose_device(options.device, run.processes.local_rank)
     precision = Precision.choose(options.precision, device)
-    set_seeds(config.seed)
+    set_seeds(config.seed)  # every rank starts with the same networks
 
     dataset = build(config, "dataset")
     mean, std = dataset.normalization()
     augmentation = build(config, "augmentation", mean=mean, std=std)
-    loader = TrainLoader(dataset, augmentation, seed=config.seed, pin_memory=device.type == "cuda")
+    loader = TrainLoader(
+        dataset,
+        augmentation,
+        seed=config.seed,
+        rank=ranks.rank(),
+        world_size=ranks.world_size(),
+        pin_memory=device.type == "cuda",
+    )
     steps_per_epoch = epoch_length(loader, options)
 
     train_step = build_step(config, options, precision, steps_per_epoch, loader.batch_size)
+    if ranks.rank() > 0:
+        set_seeds(config.seed, ranks.rank())  # and draws drop path of its own
+    facts = {"world_size": ranks.world_size(), "num_training_images": len(dataset.train())}
     return Trainer(
         options=options,
         train_step=train_step,
         dataset=dataset,
         loader=loader,
         augmentation=augmentation,
-        statistics=build(config, "monitor"),
+        monitor=build(config, "monitor"),
         evaluators=[build(config, f"evaluation.{name}") for name in config.evaluation],
-        loggers=[build(config, f"logger.{name}") for name in config.logger],
+        loggers=[build(config, f"logger.{name}") for name in config.logger if ranks.rank() == 0],
         run=run,
         seed=config.seed,
-        settings=result_settings(config),
+        settings=result_settings(config) | facts,
         steps_per_epoch=steps_per_epoch,
     )
 
@@ -74,10 +88,11 @@ def build_step(
     model = StudentTeacher(MultiCropModel(backbone, build(config, "head", in_dim=backbone.embed_dim)))
     model.to(precision.device)
     model.check_wiring()
+    student = over_ranks(model, precision.device)
     if options.compile:
         model.student.backbone.compile()
         model.teacher.backbone.compile()
-    images_per_step = batch_size * options.accumulate_steps
+    images_per_step = batch_size * options.accumulate_steps * ranks.world_size()
     span = {"epochs": options.epochs, "steps_per_epoch": steps_per_epoch}
     reference = options.lr_reference_batch
     lr = config.optimizer.lr if reference is None else scaled_lr(config.optimizer.lr, images_per_step, reference)
@@ -97,4 +112,23 @@ def build_step(
         clip_norm=options.clip_norm,
         freeze_last_layer_steps=options.freeze_last_layer_epochs * steps_per_epoch,
         total_steps=options.epochs * steps_per_epoch,
+        student=student,
+    )
+
+
+def over_ranks(model: StudentTeacher, device: torch.device) -> nn.Module:
+    """The student as the forward pass takes it: averaging gradients over the ranks, where there are several.
+
+    Batch norm is synchronised in student and teacher alike, as in the original (main_dino.py, train_dino).
+    """
+    if ranks.world_size() == 1:
+        return model.student
+    for network in (model.student, model.teacher):
+        convert_sync_batch_norm(network, device)
+    return DistributedDataParallel(
+        model.student,
+        device_ids=[device] if device.type == "cuda" else None,
+        # No tensor is unused; but with this the buckets of the gradients stay as they were made. They would be made
+        # anew after the first step, also after that of a resumed run, and sums over ranks would be rounded differently.
+        find_unused_parameters=True,
     )

@@ -1,110 +1,234 @@
-"""Checkpoints on disk: written whole or not at all, verified when read, the newest valid one found by itself."""
+"""Checkpoints: copied between two steps, written behind them, whole or not at all; verified when read."""
 
+import contextlib
+import errno
 import hashlib
-import json
 import logging
 import os
+import shutil
+import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
-from dino.run import write_json
+from dino import checkpoint_files
+from dino.checkpoint_files import Entry, checkpoint_path, find_problem, human_size, link, move, write_sidecar
 
 log = logging.getLogger("dino")
 
+RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0)
+SPARE_BYTES = 2**20  # asked for beyond the tensors: the rest of the state, the sidecar
+# What network file systems and overloaded disks say for a while. A full disk does not empty itself: not among them.
+TRANSIENT = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENOLCK, errno.EREMOTEIO),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    *(errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.ESHUTDOWN),
+}
 
-@dataclass(frozen=True)
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; those written before are as they were."""
+
+
+@dataclass
 class CheckpointStore:
-    """`checkpoints/step_00001234.pt`, each with `step_00001234.json` (checksum, step, metrics) beside it.
+    """The checkpoints of one run; see `dino.checkpoint_files` for what lies in the folder.
 
-    `last.pt` and `best.pt` are symbolic links; the file behind `best.pt` outlives the `keep` newest ones.
+    `save` copies the state and writes the copy in a thread of its own, one at a time. What goes wrong there is logged
+    when it happens, and waits for `take_error`. Kept are the `keep` newest, the best one, and those saved to stay.
     """
 
     directory: Path
     keep: int
+    _write: threading.Thread | None = field(default=None, init=False)
+    _error: SaveError | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise ValueError(f"trainer.keep_checkpoints={self.keep}: keep at least 1")
 
-    def save(self, step: int, state: dict[str, Any], metrics: dict[str, float], *, best: bool) -> Path:
-        """Writes to a temporary name, flushes to the disk, then renames; then prunes older files.
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        metrics: dict[str, float],
+        *,
+        best: bool = False,
+        stays: bool = False,
+    ) -> None:
+        """Copies `state` to the host and returns; the write goes on. First waits for the write before, if any.
 
         Raises:
             TypeError: if `state` holds anything but tensors and plain types, which `weights_only` loading would refuse.
         """
         check_plain(state, "state")
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / f"step_{step:08d}.pt"
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        # The sidecar comes first: a checkpoint without its checksum is not a valid one.
-        write_json(path.with_suffix(".json"), {"step": step, "sha256": checksum(temporary), "metrics": metrics})
-        temporary.replace(path)
-        self._link("last.pt", path)
-        if best:
-            self._link("best.pt", path)
-        self._prune()
-        return path
+        self.wait()
+        try:
+            self._ask_for_space(step, sum(tensor.nbytes for tensor in _tensors(state)))
+        except SaveError as error:
+            self.note(error)
+            return
+        sidecar = {"step": step, "metrics": dict(metrics), "stays": stays, "saved": time.time()}
+        # Not a daemon: the interpreter finishes the write before it exits.
+        self._write = threading.Thread(
+            target=self._save, args=(step, _snapshot(state), sidecar, best), name=f"checkpoint of step {step}"
+        )
+        self._write.start()
+
+    def wait(self) -> None:
+        """Returns when no write is in flight."""
+        if self._write is not None:
+            self._write.join()
+            self._write = None
+
+    def take_error(self) -> SaveError | None:
+        """The latest error that nobody has taken yet; never waits."""
+        error, self._error = self._error, None
+        return error
 
     def newest_valid(self) -> Path | None:
-        """The newest checkpoint whose checksum holds; a damaged one is named and passed over."""
-        for path in self._files():
-            if is_valid(path):
+        """The newest checkpoint whose checksum holds; damaged ones are named and passed over."""
+        last = self.directory / "last.pt"
+        if last.is_symlink() and not last.exists():
+            log.warning("checkpoint %s is gone; using the one before it", self.directory / last.readlink())
+        for path in checkpoint_files.files(self.directory):
+            problem = find_problem(path)
+            if problem is None:
                 return path
-            log.warning("checkpoint %s is damaged or incomplete; using the one before it", path)
+            log.warning("checkpoint %s is damaged: %s; using the one before it", path, problem)
         return None
 
-    def _files(self) -> Iterator[Path]:
-        """Newest first."""
-        yield from sorted(self.directory.glob("step_*.pt"), reverse=True)
+    def entries(self) -> list[Entry]:
+        """All checkpoints, newest first, each verified."""
+        return checkpoint_files.entries(self.directory)
 
-    def _link(self, name: str, target: Path) -> None:
-        link = self.directory / f".{name}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(target.name)
-        link.replace(self.directory / name)
+    def point_last_to_best(self) -> None:
+        """From now on, until the next save, `last.pt` names what `best.pt` names."""
+        link("last.pt", (self.directory / "best.pt").resolve())
 
-    def _prune(self) -> None:
-        best = self.directory / "best.pt"
-        for path in list(self._files())[self.keep :]:
-            if not (best.exists() and best.samefile(path)):
-                path.unlink()
-                path.with_suffix(".json").unlink(missing_ok=True)
+    def tidy(self) -> None:
+        """Removes what killed processes left behind; for the start of a run, when nobody writes."""
+        checkpoint_files.tidy(self.directory)
+
+    # ------------------------------------------------------------------ the write
+
+    def _ask_for_space(self, step: int, num_bytes: int) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.directory).free
+        except OSError:
+            return  # the write will meet it as well, and knows when to try again
+        if free < num_bytes + SPARE_BYTES:
+            raise SaveError(
+                f"checkpoint of step {step} needs {human_size(num_bytes + SPARE_BYTES)}, "
+                f"only {human_size(free)} are free at {self.directory}"
+            )
+
+    def _save(self, step: int, state: dict[str, Any], sidecar: dict[str, Any], best: bool) -> None:
+        path = checkpoint_path(self.directory, step)
+        for wait in (*RETRY_WAITS_S, None):
+            try:
+                _write_checkpoint(path, state, sidecar, best)
+                break
+            except Exception as error:  # torch has its own for a failed write
+                cause = _os_error(error)
+                text = f"{type(error).__name__}: {error}" if cause is None else cause.strerror
+                if cause is None or cause.errno not in TRANSIENT or wait is None:
+                    failure = SaveError(f"checkpoint of step {step} could not be written to {path}: {text}")
+                    failure.__cause__ = error
+                    self.note(failure)
+                    return
+                log.warning("checkpoint of step %d: %s at %s; trying again in %g s", step, text, path, wait)
+                time.sleep(wait)
+        try:
+            checkpoint_files.prune(path, self.keep)
+        except OSError as error:
+            log.warning("older checkpoints in %s could not be removed: %s", self.directory, error.strerror)
+
+    def note(self, error: SaveError) -> None:
+        log.error("%s", error)
+        self._error = error
 
 
-def checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def is_valid(path: Path) -> bool:
+def _write_checkpoint(path: Path, state: dict[str, Any], sidecar: dict[str, Any], best: bool) -> None:
+    """A temporary name, flushed to the disk, then renamed: whenever it stops, nothing that was valid is harmed."""
+    temporary = path.with_suffix(".pt.tmp")
     try:
-        sidecar = json.loads(path.with_suffix(".json").read_text())
-        return bool(sidecar["sha256"] == checksum(path))
-    except (OSError, ValueError, KeyError):
-        return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as raw:
+            file = _HashingFile(raw)
+            torch.save(state, file)  # type: ignore[arg-type]  # all that it calls is there
+            raw.flush()
+            os.fsync(raw.fileno())
+        # The sidecar comes first: a checkpoint without its checksum is not a valid one.
+        write_sidecar(path, sidecar | {"sha256": file.sha256.hexdigest(), "bytes": file.num_bytes})
+        move(temporary, path)
+        link("last.pt", path)
+        if best:
+            link("best.pt", path)
+    finally:
+        for left in (temporary, path.with_suffix(".json.tmp")):
+            with contextlib.suppress(OSError):
+                left.unlink(missing_ok=True)
+
+
+class _HashingFile:
+    """Checksums what is meant to be written while it is; what the disk made of it is for the reader to verify."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.num_bytes += len(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """torch.save hides the error of the disk behind one of its own: finds it in the chain of causes."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+# ---------------------------------------------------------------------- reading
 
 
 def load(path: Path) -> dict[str, Any]:
     """The state in a checkpoint of ours, on the CPU; runs no code from the file.
 
     Raises:
-        ValueError: for a file that is missing, or whose checksum does not hold.
+        ValueError: for a file that is missing, whose checksum does not hold, or that holds anything else than a state.
     """
     path = path.resolve()
     if not path.is_file():
         raise ValueError(f"resume={path}: there is no such checkpoint")
-    if not is_valid(path):
-        raise ValueError(f"resume={path}: the file is damaged, or its checksum in {path.stem}.json is missing")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    problem = find_problem(path)
+    if problem is not None:
+        raise ValueError(f"resume={path}: the checkpoint is damaged: {problem}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch each have their own
+        raise ValueError(
+            f"resume={path}: not a checkpoint of a run; it holds other things than tensors and plain types, "
+            f"which are not loaded ({type(error).__name__})"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"resume={path}: not a checkpoint of a run; it holds a {type(state).__name__}, not a state")
     return state
+
+
+# ---------------------------------------------------------------------- states
 
 
 def check_plain(value: object, name: str) -> None:
@@ -116,5 +240,22 @@ def check_plain(value: object, name: str) -> None:
     elif isinstance(value, list | tuple) and type(value) in (list, tuple):
         for position, item in enumerate(value):
             check_plain(item, f"{name}[{position}]")
-    elif type(value) not in (torch.Tensor, torch.nn.Parameter, str, int, float, bool, type(None)):
+    elif type(value) not in (Tensor, torch.nn.Parameter, str, int, float, bool, type(None)):
         raise TypeError(f"{name} is a {type(value).__name__}; checkpoints hold only tensors and plain types")
+
+
+def _snapshot(value: Any) -> Any:
+    """The same with every tensor copied to the host."""
+    if isinstance(value, dict):
+        return {key: _snapshot(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_snapshot(item) for item in value)
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+    elif isinstance(value, Tensor):
+        yield value

@@ -6,6 +6,7 @@ import math
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from dino import ranks
 from dino.augmentation import MultiCrop
 from dino.runtime import device_name
 from dino.training.trainer import Trainer
@@ -27,7 +28,7 @@ def introduce(trainer: Trainer, config: DictConfig) -> None:
         "backbone": f"{type(student.backbone).__name__}, {num_parameters(student.backbone)} parameters, "
         f"{student.backbone.embed_dim} features; head {num_parameters(student.head)} parameters",
         "batch": f"{trainer.images_per_step} images a step "
-        f"({trainer.loader.batch_size} x {options.accumulate_steps}); "
+        f"({_factors(trainer)}); "
         f"peak lr {schedules.lr.base:.3g} = {lr:.3g}{scaling}",
         "teacher": f"momentum {schedules.teacher_momentum(0):g}: half of it is older than "
         f"{half_life(schedules.teacher_momentum(0), trainer)}",
@@ -39,6 +40,11 @@ def introduce(trainer: Trainer, config: DictConfig) -> None:
         log.info("%-11s %s", name, text)
     for notice in [*fitted_sizes(config), *trainer.augmentation.notices]:
         log.info("%-11s %s", "note", notice)
+
+
+def _factors(trainer: Trainer) -> str:
+    words = f"{trainer.loader.batch_size} x {trainer.options.accumulate_steps}"
+    return f"{words} on each of {ranks.world_size()} ranks" if ranks.world_size() > 1 else words
 
 
 def fitted_sizes(config: DictConfig) -> list[str]:

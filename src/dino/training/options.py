@@ -28,6 +28,9 @@ class TrainerOptions:
     save_every_steps: int | None = None
     save_every_epochs: int | None = 1
     keep_checkpoints: int = 2
+    keep_every_epochs: int | None = None
+    on_save_error: Literal["warn", "stop"] = "warn"
+    max_skipped_steps: int = 10
 
     def __post_init__(self) -> None:
         at_least_one = ("epochs", "accumulate_steps", "keep_checkpoints")
@@ -39,6 +42,7 @@ class TrainerOptions:
             "num_threads",
             "save_every_steps",
             "save_every_epochs",
+            "keep_every_epochs",
         )
         for name in at_least_one + at_least_one_or_null:
             value = getattr(self, name)
@@ -49,5 +53,9 @@ class TrainerOptions:
                 raise ValueError(f"trainer.{name}={value}: use a whole number of at least 1{null}")
         if self.clip_mode not in ("per_tensor", "global_norm"):
             raise ValueError(f"trainer.clip_mode={self.clip_mode}: use per_tensor or global_norm")
+        if self.on_save_error not in ("warn", "stop"):
+            raise ValueError(f"trainer.on_save_error={self.on_save_error}: use warn or stop")
+        if self.max_skipped_steps < 0:
+            raise ValueError(f"trainer.max_skipped_steps={self.max_skipped_steps}: use 0 or more steps")
         if self.freeze_last_layer_epochs < 0:
             raise ValueError(f"trainer.freeze_last_layer_epochs={self.freeze_last_layer_epochs}: use 0 or more epochs")

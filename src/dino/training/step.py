@@ -1,19 +1,22 @@
 """One optimizer step of DINO: the algorithm (paper, Algorithm 1; original: main_dino.py, train_one_epoch).
 
-Shapes: B images in a micro-batch, G global views, L local views, V = G + L, K prototypes.
+Shapes: B images in a micro-batch, G global views, L local views, V = G + L, K prototypes, P trained parameters.
 """
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dino.augmentation import ViewBatch
 from dino.loss import DINOLoss, LossTerms
 from dino.model import StudentTeacher
 from dino.optimizer import EMA, ClipMode, cancel_last_layer_gradients, clip_gradients
-from dino.run import NonFiniteError
 from dino.runtime import Precision
 from dino.schedule import Schedule
 
@@ -42,7 +45,11 @@ class StepOutput:
 
     student_logits: Tensor  # [V*B, K]
     terms: LossTerms
+    loss: Tensor  # 0-d, mean over the micro-batches of this process
     grad_norm: Tensor  # 0-d, before clipping
+    grad_norms: Tensor  # [P], the same for each parameter
+    skipped: Tensor  # 0-d, bool: a gradient was not finite, and nothing was updated
+    broken: Tensor  # 0-d, bool: skipped, and not because fp16 is still looking for its scale
     scheduled: dict[str, float]
 
 
@@ -51,6 +58,14 @@ class TrainStep:
     """One optimizer step over a window of micro-batches; owns everything that a step changes.
 
     Center, EMA, schedules and clipping happen once a step, so that n micro-batches of B equal one batch of n*B.
+
+    A loss or gradient that is not finite changes nothing: student, teacher, center and optimizer stay as they were.
+    The host does not wait to learn of it: the norm of the gradients says so on the device, a fused optimizer takes
+    that as its `found_inf`, and every other update is chosen by `torch.where`. (Only an optimizer that does not take
+    `found_inf` makes the host wait.)
+
+    Under several ranks `student` is `model.student` inside DistributedDataParallel, and everything said of a batch
+    holds for that of all ranks together.
     """
 
     model: StudentTeacher
@@ -63,41 +78,58 @@ class TrainStep:
     clip_norm: float | None
     freeze_last_layer_steps: int
     total_steps: int  # that the schedules span
+    student: nn.Module | None = None
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
         # Disabled, it hands everything through (original: main_dino.py, fp16_scaler).
         self.scaler = torch.amp.GradScaler(self.precision.device.type, enabled=self.precision.name == "fp16")
+        self.student = self.model.student if self.student is None else self.student
+        self._buffers = list(self.model.buffers())
 
     def __call__(self, step: int, window: Sequence[ViewBatch]) -> StepOutput:
-        """Step number `step` (from 0) on float views of this device.
-
-        Raises:
-            NonFiniteError: if the loss is NaN or infinite; student, teacher and center are then as before.
-        """
+        """Step number `step` (from 0) on float views of this device."""
         student, teacher = self.model.student, self.model.teacher
         scheduled = self.schedules(step)
         self._set_optimizer(scheduled)
         self.optimizer.zero_grad(set_to_none=True)
-        for views in window:
-            with self.precision.autocast():
-                teacher_logits = self.model.teacher_forward(views.global_views)
-                student_logits, features = self.model.student_forward(views.global_views, views.local_views)
-            num_global_views = len(views.global_views)
-            terms = self.loss(student_logits, teacher_logits, num_global_views, scheduled["teacher_temp"], features)
-            self._check_finite(step, terms.total)
-            self.scaler.scale(terms.total / len(window)).backward()
-            self.loss.observe(teacher_logits, terms)  # center and weights move after the step
+        buffers = [buffer.clone() for buffer in self._buffers]
+        losses = []
+        for position, views in enumerate(window, start=1):
+            with self._ranks_sum_gradients(position == len(window)):
+                student_logits, terms = self._forward(views, scheduled["teacher_temp"])
+                losses.append(terms.total.detach())
+                scaled: Tensor = self.scaler.scale(_nan_if_not_finite(terms.total) / len(window))
+                torch.autograd.backward(scaled)
 
         self.scaler.unscale_(self.optimizer)
-        grad_norm = clip_gradients(student.parameters(), self.clip_norm, self.clip_mode)
+        grad_norm, grad_norms = clip_gradients(student.parameters(), self.clip_norm, self.clip_mode)
+        skipped = ~torch.isfinite(grad_norm)
+        broken = skipped & (self.scaler.scale(torch.ones_like(grad_norm)) <= 1)
         if step < self.freeze_last_layer_steps:
             cancel_last_layer_gradients(student)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.ema.update(student, teacher, scheduled["teacher_momentum"])
-        self.loss.update(progress=step / self.total_steps)
-        return StepOutput(student_logits.detach(), terms, grad_norm, scheduled)
+        self._step_optimizer(skipped)
+        self._restore_buffers(buffers, skipped)
+        self.ema.update(student, teacher, scheduled["teacher_momentum"], skipped)
+        self.loss.update(progress=step / self.total_steps, skipped=skipped)
+        loss = torch.stack(losses).mean()
+        return StepOutput(student_logits.detach(), terms, loss, grad_norm, grad_norms, skipped, broken, scheduled)
+
+    def _forward(self, views: ViewBatch, teacher_temp: float) -> tuple[Tensor, LossTerms]:
+        """Student logits [V*B, K] and the loss of one micro-batch, which center and weights take note of."""
+        assert self.student is not None
+        with self.precision.autocast():
+            teacher_logits = self.model.teacher_forward(views.global_views)
+            student_logits, features = self.student(views.global_views, views.local_views)
+        terms: LossTerms = self.loss(student_logits, teacher_logits, len(views.global_views), teacher_temp, features)
+        self.loss.observe(teacher_logits, terms)  # center and weights move after the step
+        return student_logits, terms
+
+    def _ranks_sum_gradients(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients of the ranks are averaged once a step, in the backward pass of its last micro-batch."""
+        if last or not isinstance(self.student, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.student.no_sync()
 
     def _set_optimizer(self, scheduled: dict[str, float]) -> None:
         """The learning rate for all, the weight decay for the first group only, as the original."""
@@ -106,8 +138,24 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = scheduled["lr"]
 
-    def _check_finite(self, step: int, total: Tensor) -> None:
-        if not torch.isfinite(total):
-            self.optimizer.zero_grad(set_to_none=True)
-            self.loss.forget()
-            raise NonFiniteError(f"the loss of step {step + 1} is {total.item()}; nothing was updated by it")
+    def _step_optimizer(self, skipped: Tensor) -> None:
+        optimizer: Any = self.optimizer
+        if self.scaler.is_enabled():
+            self.scaler.step(optimizer)  # looks at the gradients by itself
+            self.scaler.update()
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.grad_scale, optimizer.found_inf = None, skipped.float()
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf
+        elif not skipped:
+            optimizer.step()
+
+    def _restore_buffers(self, before: Sequence[Tensor], skipped: Tensor) -> None:
+        """Batch norm has taken in a bad batch when its loss is known."""
+        for buffer, old in zip(self._buffers, before, strict=True):
+            buffer.copy_(torch.where(skipped, old, buffer))
+
+
+def _nan_if_not_finite(loss: Tensor) -> Tensor:
+    """`loss` itself, or one whose gradients are all NaN: then a look at the gradients is enough, on every rank."""
+    return loss * torch.where(torch.isfinite(loss), 1.0, torch.nan).to(loss)

@@ -4,23 +4,29 @@ import logging
 from typing import Any
 
 from dino.logger.json_lines import read_lines
+from dino.monitor import higher_is_better
 from dino.run import write_json
 from dino.training.trainer import Trainer
 
 log = logging.getLogger("dino")
 
-NOT_METRICS = {"step", "epoch", "time"}
+NOT_METRICS = {"step", "epoch", "time", "event", "text"}
 
 
 def summarise_run(trainer: Trainer) -> None:
     """Writes `training_summary.json` and prints metrics, places and what to do next."""
-    run_dir = trainer.run.directory
+    run_dir, best = trainer.run.directory, trainer.early_stopping
+    if not trainer.run.processes.is_main:
+        return
     lines = read_lines(run_dir / "metrics.jsonl")
     summary = {
         "steps": trainer.step,
         "epochs": trainer.step / trainer.steps_per_epoch,
         "images": trainer.step * trainer.images_per_step,
         "train_time_s": round(trainer.clock.seconds, 3),
+        "num_skipped_steps": trainer.non_finite.num_skipped,
+        "best_checkpoint": {"metric": best.metric, "value": best.best, "step": best.best_step},
+        "ended_early": best.reason if best.exhausted else None,
         "metrics": summarise(lines),
     }
     write_json(run_dir / "training_summary.json", summary)
@@ -32,13 +38,6 @@ def summarise(lines: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Final, mean, min and max of each metric, and `best` with its step where a metric has a better direction."""
     names = sorted({name for line in lines for name in line} - NOT_METRICS)
     return {name: row for name in names if (row := _summary_of(name, lines))}
-
-
-def higher_is_better(metric: str) -> bool | None:
-    """Which way a metric is better; None where neither way is."""
-    if "knn" in metric or metric == "perf/images_per_s":
-        return True
-    return False if "loss" in metric else None
 
 
 def _summary_of(name: str, lines: list[dict[str, float]]) -> dict[str, float]:

@@ -8,19 +8,25 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import torch
+
+from dino import preemption, ranks
 from dino.augmentation import MultiCrop, ViewBatch
 from dino.dataset import ImageDataset, TrainLoader
 from dino.evaluation import EvaluationInputs, Evaluator
 from dino.logger import Logger, RunContext
-from dino.monitor import Statistics
+from dino.monitor import EPOCH_LOSS, Monitor
 from dino.run import Run
-from dino.runtime import peak_memory_gib, rng_state, set_rng_state
-from dino.training.checkpoint import CheckpointStore
+from dino.runtime import peak_memory_gib
+from dino.training import checkpoint
+from dino.training.checkpoint import CheckpointStore, SaveError
 from dino.training.clock import TrainingClock
+from dino.training.memory import advice_when_out_of_memory
+from dino.training.non_finite import NonFiniteWatch
 from dino.training.options import TrainerOptions
+from dino.training.state import state_of
 from dino.training.step import StepOutput, TrainStep
 
 log = logging.getLogger("dino")
@@ -30,8 +36,11 @@ log = logging.getLogger("dino")
 class Trainer:
     """Trains a student against its EMA teacher; everything it needs is handed in.
 
-    `fit` runs from `step` to the end; `state_dict` holds all that a resumed run needs to go on as if nothing had
-    happened. `settings` are the plain settings that change results; they travel with the checkpoints.
+    `fit` runs from `step` to the end; `state.py` says what of it a checkpoint holds. `settings` are the plain settings
+    that change results; they travel with the checkpoints.
+
+    Under several ranks each has a trainer of its own, and all methods are called by all of them; only rank 0 has
+    loggers and writes checkpoints.
     """
 
     options: TrainerOptions
@@ -39,7 +48,7 @@ class Trainer:
     dataset: ImageDataset
     loader: TrainLoader
     augmentation: MultiCrop
-    statistics: Statistics
+    monitor: Monitor
     evaluators: Sequence[Evaluator]
     loggers: Sequence[Logger]
     run: Run
@@ -47,33 +56,54 @@ class Trainer:
     settings: dict[str, Any]
     steps_per_epoch: int
     step: int = 0
-    best_score: float | None = None
-    latest: dict[str, float] = field(default_factory=dict)
+    evaluated_step: int | None = None  # the last step whose evaluation is complete
+    latest: dict[str, float] = field(default_factory=dict)  # last value of every metric
 
     def __post_init__(self) -> None:
         self.device = self.train_step.precision.device
-        self.images_per_step = self.loader.batch_size * self.options.accumulate_steps
+        self.images_per_step = self.loader.batch_size * self.options.accumulate_steps * ranks.world_size()
         self.total_steps = self.options.epochs * self.steps_per_epoch
         if self.options.max_steps is not None:
             self.total_steps = min(self.total_steps, self.options.max_steps)
         self.checkpoints = CheckpointStore(self.run.directory / "checkpoints", self.options.keep_checkpoints)
+        self.non_finite = NonFiniteWatch(
+            self.options.max_skipped_steps, self.run.directory / "non_finite", ranks.rank()
+        )
+        self.early_stopping = self.monitor.early_stopping
         self.clock = TrainingClock()
+        self.epoch_loss = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and number of good steps
+        self._changed = False  # since the last checkpoint
+        self._best_is_new = False
         self._last_logged_step = 0
 
     # ------------------------------------------------------------------ the loop
 
     def fit(self) -> None:
+        """Trains to the end.
+
+        Raises:
+            Preempted: a signal came; everything is saved.
+            NonFiniteError: more broken steps than allowed.
+            SaveError: a checkpoint could not be written, and `trainer.on_save_error` is `stop`, or it was the last.
+        """
         try:
-            self._start()
-            while self.step < self.total_steps:
-                for window in self._rest_of_epoch():
-                    output = self.train_step(self.step, window)
-                    self.step += 1
-                    self._after_step(output)
-                    if self.step == self.total_steps:
-                        break
+            with advice_when_out_of_memory(self.options, self.loader.batch_size):
+                self._start()
+                while not self.finished:
+                    for window in self._rest_of_epoch():
+                        output = self.train_step(self.step, window)
+                        self.step += 1
+                        self._after_step(window, output)
+                        self._between_steps()
+                        if self.finished:
+                            break
+                self._finish()
         finally:
             self._close()
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.total_steps or self.early_stopping.exhausted
 
     def _rest_of_epoch(self) -> Iterator[list[ViewBatch]]:
         """From the current step on: windows of `accumulate_steps` micro-batches, as float views on the device."""
@@ -87,33 +117,52 @@ class Trainer:
         batch = batch.to(self.device, non_blocking=True)
         return self.augmentation.photometric(batch) if batch.parameters is not None else batch
 
-    def _after_step(self, output: StepOutput) -> None:
-        epoch, position = divmod(self.step, self.steps_per_epoch)
-        finished = self.step == self.total_steps
+    def _after_step(self, window: Sequence[ViewBatch], output: StepOutput) -> None:
+        self._changed = True
+        good = ~output.skipped
+        loss = torch.where(good, output.loss, 0.0)
+        self.epoch_loss += torch.stack([loss.to(self.epoch_loss), good.to(self.epoch_loss)])
         for logger in self.loggers:
             logger.advance(self.step)
-        if self.statistics.due(self.step - 1) or finished:
+        if self.monitor.statistics.due(self.step - 1) or self.step == self.total_steps:
             self._log_statistics(output)
-        with self.clock.paused():
-            improved = (position == 0 or finished) and self._evaluate(epoch)
-            if improved or finished or self._save_is_due(epoch, position):
-                self.save(best=improved)
+        self._report_broken(self.non_finite.watch(self.step, window, output, self.train_step))
 
-    # ------------------------------------------------------------------ start, log, evaluate, save, close
+    def _between_steps(self) -> None:
+        """Evaluates and saves where due, and gives way to a signal: also in the middle of an evaluation."""
+        try:
+            preemption.check()
+            with self.clock.paused():
+                if self._evaluation_is_due():
+                    self._evaluate()
+                if self._save_is_due():
+                    self.save()
+        except preemption.Preempted:
+            if self._changed:
+                self.save()
+            self.checkpoints.wait()
+            raise
+        finally:
+            error = self.checkpoints.take_error()
+        if error is not None and self.options.on_save_error == "stop":
+            raise error
+
+    # ------------------------------------------------------------------ start, log, finish, close
 
     def _start(self) -> None:
+        if ranks.rank() == 0:
+            self.checkpoints.tidy()
         self._last_logged_step = self.step
         context = RunContext(self.run.directory, self.step, self.total_steps, self.steps_per_epoch)
         for logger in self.loggers:
             logger.start(context)
-        if self.step == 0:
-            self._evaluate(epoch=0)
+        self._between_steps()  # the evaluation of step 0, or one that a signal cut short
         self.clock.start()
 
     def _log_statistics(self, output: StepOutput) -> None:
         seconds, steps = self.clock.lap(), self.step - self._last_logged_step
         self._last_logged_step = self.step
-        metrics = self.statistics.compute(output, self.train_step.loss)
+        metrics = self.monitor.statistics.compute(output, self.train_step.loss)
         metrics |= {f"train/{name}": value for name, value in output.scheduled.items()}
         metrics["perf/step_time_s"] = seconds / steps
         metrics["perf/images_per_s"] = steps * self.images_per_step / seconds
@@ -126,10 +175,55 @@ class Trainer:
         for logger in self.loggers:
             logger.log(self.step, metrics)
 
-    def _evaluate(self, epoch: int) -> bool:
-        """Runs the evaluators that are due; True if the score (k-NN, else validation loss) is the best so far."""
+    def _report_broken(self, step: int | None) -> None:
+        if step is not None:
+            for logger in self.loggers:
+                logger.event(step, "skipped_step", "the loss or a gradient was not finite; nothing was updated")
+
+    def _finish(self) -> None:
+        """The last state is on the disk, or the run has failed."""
+        self._report_broken(self.non_finite.settle(self.train_step))
+        if self._changed:
+            self.save()
+        self.checkpoints.wait()
+        error = self.checkpoints.take_error()
+        if error is not None:
+            raise error
+        if self.early_stopping.exhausted:
+            log.info("stopped     %s", self.early_stopping.reason)
+            self.run.update(reason=self.early_stopping.reason)
+        if self.early_stopping.restore_best:
+            self._restore_best()
+
+    def _restore_best(self) -> None:
+        """The networks of the best evaluation take the place of the last ones; the newest checkpoint stays as it is."""
+        best = self.checkpoints.directory / "best.pt"
+        if self.early_stopping.best_step is None or not best.exists():
+            return
+        state = checkpoint.load(best)
+        self.train_step.model.load_state_dict(state["model"])
+        self.train_step.loss.load_state_dict(state["loss"])
+        if ranks.rank() == 0:
+            self.checkpoints.point_last_to_best()
+        log.info("restored    student, teacher and center of step %d, the best; last.pt is best.pt", state["step"])
+
+    def _close(self) -> None:
+        """Also after an exception: a progress bar gives the terminal back, `status.json` will name the last step."""
+        for logger in self.loggers:
+            logger.close()
+        self.checkpoints.wait()
+        self.run.status["step"] = self.step
+
+    # ------------------------------------------------------------------ evaluate, save
+
+    def _evaluation_is_due(self) -> bool:
+        at_boundary = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
+        return at_boundary and self.evaluated_step != self.step
+
+    def _evaluate(self) -> None:
+        """Runs the evaluators that are due, and closes the books on the epoch."""
         started = time.perf_counter()
-        finished = self.step == self.total_steps
+        epoch, finished = self.step // self.steps_per_epoch, self.step == self.total_steps
         inputs = EvaluationInputs(
             model=self.train_step.model,
             dataset=self.dataset,
@@ -146,58 +240,49 @@ class Trainer:
         for evaluator in self.evaluators:
             if finished or epoch % evaluator.every_epochs == 0:
                 metrics |= evaluator.evaluate(inputs)
-        if not metrics:
-            return False
-        self._log(metrics | {"perf/evaluation_s": time.perf_counter() - started})
-        score = metrics.get("val/knn_top1", -metrics.get("val/loss", float("inf")))
-        if self.step == 0 or (self.best_score is not None and score <= self.best_score):
-            return False
-        self.best_score = score
-        return True
+        if metrics:
+            metrics["perf/evaluation_s"] = time.perf_counter() - started
+        self.evaluated_step = self.step
+        self._changed = True
+        if self.step == 0:
+            self.early_stopping.choose(set(metrics))
+        else:
+            metrics |= self._close_epoch()
+            self._best_is_new = self.early_stopping.update(self.step, metrics)
+        if metrics:
+            self._log(metrics)
 
-    def _save_is_due(self, epoch: int, position: int) -> bool:
+    def _close_epoch(self) -> dict[str, float]:
+        """The mean loss of the epoch so far; what ranks have met apart is put together."""
+        self.loader.share_bad_images()
+        total, count = ranks.sum_over_ranks(self.epoch_loss.clone()).tolist()
+        if self.step % self.steps_per_epoch == 0:
+            self.epoch_loss.zero_()
+        return {EPOCH_LOSS: total / count} if count else {}
+
+    def _save_is_due(self) -> bool:
+        if not self._changed or self.step == 0:
+            return False
+        epoch, position = divmod(self.step, self.steps_per_epoch)
         steps, epochs = self.options.save_every_steps, self.options.save_every_epochs
         by_step = steps is not None and self.step % steps == 0
-        return by_step or (epochs is not None and position == 0 and epoch % epochs == 0)
+        by_epoch = epochs is not None and position == 0 and epoch % epochs == 0
+        return self._best_is_new or self.finished or by_step or by_epoch
 
-    def save(self, *, best: bool = False) -> Path:
-        return self.checkpoints.save(self.step, self.state_dict(), self.latest, best=best)
-
-    def _close(self) -> None:
-        """Also after an exception: a progress bar gives the terminal back, `status.json` names the last step."""
-        for logger in self.loggers:
-            logger.close()
-        self.run.update(step=self.step)
-
-    # ------------------------------------------------------------------ state
-
-    def state_dict(self) -> dict[str, Any]:
-        algorithm = self.train_step
-        return {
-            "step": self.step,
-            "model": algorithm.model.state_dict(),
-            "loss": algorithm.loss.state_dict(),
-            "optimizer": algorithm.optimizer.state_dict(),
-            "scaler": algorithm.scaler.state_dict(),
-            "rng": rng_state(),
-            "loader": self.loader.state_dict(),
-            "best_score": self.best_score,
-            "latest": self.latest,
-            "train_time_s": self.clock.seconds,
-            "settings": self.settings,
-            "provenance": self.run.provenance,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state`, strictly: a part that is missing or does not fit is an error."""
-        algorithm = self.train_step
-        algorithm.model.load_state_dict(state["model"])
-        algorithm.loss.load_state_dict(state["loss"])
-        algorithm.optimizer.load_state_dict(state["optimizer"])
-        algorithm.scaler.load_state_dict(state["scaler"])
-        set_rng_state(state["rng"])
-        self.loader.load_state_dict(state["loader"])
-        self.step = state["step"]
-        self.best_score = state["best_score"]
-        self.latest = state["latest"]
-        self.clock.resume_from(state["train_time_s"])
+    def save(self) -> None:
+        """Hands a copy of the state to the writer; its errors show in `checkpoints.take_error()`."""
+        self._report_broken(self.non_finite.settle(self.train_step))
+        self.loader.share_bad_images()
+        try:
+            state = state_of(self)
+        except OSError as error:  # of a logger that cannot put its lines on the disk
+            self.checkpoints.note(
+                SaveError(f"checkpoint of step {self.step} is not written before metrics.jsonl: {error}")
+            )
+            return
+        if ranks.rank() == 0:
+            epoch, position = divmod(self.step, self.steps_per_epoch)
+            every = self.options.keep_every_epochs
+            stays = every is not None and position == 0 and epoch % every == 0
+            self.checkpoints.save(self.step, state, self.latest, best=self._best_is_new, stays=stays)
+        self._changed = self._best_is_new = False

@@ -1,0 +1,215 @@
+"""Checkpoints as files: their names, what lies beside them, which are valid, which may go. Imports no torch.
+
+`checkpoints/step_00001234.pt` has a sidecar `step_00001234.json`: step, sha256, bytes, metrics, stays, saved. `last.pt`
+and `best.pt` are symbolic links. Whatever ends in `.tmp` is being written, or was when its process was killed.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NAME = re.compile(r"step_(\d+)\.pt")
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One checkpoint as it lies on the disk."""
+
+    path: Path
+    step: int
+    size: int  # [bytes]
+    saved: float  # unix time [s]
+    metrics: dict[str, float]
+    problem: str | None  # why it is not valid
+    best: bool
+    last: bool
+    stays: bool
+
+    @property
+    def valid(self) -> bool:
+        return self.problem is None
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:08d}.pt"
+
+
+def files(directory: Path) -> list[Path]:
+    """Newest first."""
+    return sorted((path for path in directory.glob("step_*.pt") if NAME.fullmatch(path.name)), key=step_of)[::-1]
+
+
+def step_of(path: Path) -> int:
+    name = NAME.fullmatch(path.name)
+    assert name is not None
+    return int(name[1])
+
+
+def entries(directory: Path) -> list[Entry]:
+    """All checkpoints, newest first, each verified: reads every file whole."""
+    return [_entry(path) for path in files(directory) if path.exists()]  # a live run may just have pruned one
+
+
+def _entry(path: Path) -> Entry:
+    sidecar, status = read_sidecar(path) or {}, path.stat()
+    return Entry(
+        path=path,
+        step=step_of(path),
+        size=status.st_size,
+        saved=sidecar.get("saved", status.st_mtime),
+        metrics=sidecar.get("metrics", {}),
+        problem=find_problem(path),
+        best=is_linked(path, "best.pt"),
+        last=is_linked(path, "last.pt"),
+        stays=sidecar.get("stays", False),
+    )
+
+
+# ---------------------------------------------------------------------- validity
+
+
+def find_problem(path: Path, *, read: bool = True) -> str | None:
+    """What is wrong with a checkpoint; None for a valid one. With `read=False` only the size is compared."""
+    sidecar = read_sidecar(path)
+    if sidecar is None:
+        return f"its checksum file {path.stem}.json is missing or unreadable"
+    # While a file is being replaced, the new sidecar stands beside the old file for a moment.
+    contents = [sidecar, *filter(None, [sidecar.get("replaces")])]
+    try:
+        size = path.stat().st_size
+        contents = [content for content in contents if content["bytes"] == size]
+        if not contents:
+            return f"its size is {size} bytes, but {sidecar['bytes']} were written"
+        if read and checksum(path) not in [content["sha256"] for content in contents]:
+            return "its checksum differs from the one written"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    return None
+
+
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_sidecar(path: Path) -> dict[str, Any] | None:
+    """What was noted when the checkpoint was written; None where that is missing or makes no sense."""
+    try:
+        sidecar = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return None
+    complete = isinstance(sidecar, dict) and {"sha256", "bytes", "metrics", "stays", "saved"} <= sidecar.keys()
+    return sidecar if complete else None
+
+
+# ---------------------------------------------------------------------- changing the folder
+
+
+def write_sidecar(path: Path, content: dict[str, Any]) -> None:
+    """Puts the sidecar in place, durably, before its checkpoint is; a file of this name that is there stays valid."""
+    before = read_sidecar(path)
+    replaces = {key: before[key] for key in ("sha256", "bytes")} if before and path.exists() else None
+    temporary = path.with_suffix(".json.tmp")
+    with temporary.open("w") as file:
+        json.dump(content | {"replaces": replaces}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    move(temporary, path.with_suffix(".json"))
+
+
+def move(temporary: Path, path: Path) -> None:
+    """Renames within a folder, and flushes the folder so that the new name outlives a power cut."""
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush folders
+            raise
+    finally:
+        os.close(folder)
+
+
+def link(name: str, path: Path) -> None:
+    """Lets the symbolic link `name`, in the same folder, name `path`."""
+    temporary = path.with_name(f"{name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(path.name)
+    move(temporary, path.with_name(name))
+
+
+def is_linked(path: Path, name: str) -> bool:
+    named = path.with_name(name)
+    return named.is_symlink() and named.readlink().name == path.name
+
+
+def prune(new: Path, keep: int) -> None:
+    """Leaves the `keep` newest that look whole, `new` (known to be valid), the best one, and those that stay."""
+    all_files = files(new.parent)
+    newest = [path for path in all_files if find_problem(path, read=False) is None][:keep]
+    for path in all_files:
+        stays = (read_sidecar(path) or {}).get("stays", False)
+        if path not in (new, *newest) and not stays and not is_linked(path, "best.pt"):
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
+
+
+def tidy(directory: Path) -> None:
+    """Removes what killed processes left: temporary files, and sidecars without a checkpoint."""
+    alone = [path for path in directory.glob("step_*.json") if not path.with_suffix(".pt").exists()]
+    for path in (*directory.glob("*.tmp"), *alone):
+        path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------- for people
+
+
+def find_folder(run: Path) -> Path:
+    """The checkpoints folder of a run directory; that folder itself is fine, too.
+
+    Raises:
+        ValueError: for a path that is neither.
+    """
+    if run.name == "checkpoints" and run.is_dir():
+        return run
+    if (run / "checkpoints").is_dir() or (run / "status.json").is_file():
+        return run / "checkpoints"
+    what = "no run directory" if run.is_dir() else "there is no such directory"
+    raise ValueError(f"{run}: {what}; give the directory of a run, which holds status.json and checkpoints/")
+
+
+def table(rows: Iterable[Entry]) -> list[str]:
+    """A header and one line for each checkpoint, in columns."""
+    cells = [("file", "step", "saved", "size", "state", "marks", "metrics")]
+    for entry in rows:
+        marks = [name for name in ("best", "last", "stays") if getattr(entry, name)]
+        shown = [name for name in sorted(entry.metrics) if name == "train/loss" or name.startswith("val/")]
+        cells.append(
+            (
+                entry.path.name,
+                str(entry.step),
+                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.saved)),
+                human_size(entry.size),
+                "valid" if entry.problem is None else f"damaged: {entry.problem}",
+                ", ".join(marks) or "-",
+                ", ".join(f"{name} {entry.metrics[name]:.5g}" for name in shown) or "-",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+
+
+def human_size(num_bytes: float) -> str:
+    """For example 706.3 MiB."""
+    power = 0
+    while num_bytes >= 1024 and power < len(UNITS) - 1:
+        num_bytes, power = num_bytes / 1024, power + 1
+    return f"{num_bytes:.1f} {UNITS[power]}" if power else f"{num_bytes:.0f} B"

@@ -1,0 +1,34 @@
+"""What to do when memory runs out."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from dino.training.options import TrainerOptions
+
+
+class OutOfMemoryError(RuntimeError):
+    """The memory of the device or of the process did not suffice."""
+
+
+@contextlib.contextmanager
+def advice_when_out_of_memory(options: TrainerOptions, batch_size: int) -> Iterator[None]:
+    """Turns any sign of memory having run out into an error that says what to turn down."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(_advice(error, options, batch_size)) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # how torch's CPU allocator puts it
+            raise
+        raise OutOfMemoryError(_advice(error, options, batch_size)) from error
+
+
+def _advice(error: BaseException, options: TrainerOptions, batch_size: int) -> str:
+    cause = (str(error) or type(error).__name__).splitlines()[0]
+    return (
+        f"out of memory: {cause} Turn down dataset.batch_size={batch_size} (with trainer.accumulate_steps="
+        f"{2 * options.accumulate_steps} half of it is the same large batch), augmentation.num_local_views, "
+        "head.out_dim or the backbone; trainer.precision=bf16 takes about half of fp32"
+    )

@@ -1,0 +1,69 @@
+"""What a checkpoint holds: everything that a run needs to go on as if nothing had happened."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dino import ranks
+from dino.runtime import rng_state, set_rng_state, set_seeds
+
+if TYPE_CHECKING:
+    from dino.training.trainer import Trainer
+
+
+def state_of(trainer: "Trainer") -> dict[str, Any]:
+    """Tensors and plain types only. Every rank must call it, between two steps."""
+    algorithm = trainer.train_step
+    return {
+        "step": trainer.step,
+        "evaluated_step": trainer.evaluated_step,
+        "model": algorithm.model.state_dict(),
+        "loss": algorithm.loss.state_dict(),
+        "optimizer": algorithm.optimizer.state_dict(),
+        "scaler": algorithm.scaler.state_dict(),
+        "rng": ranks.gather_objects(rng_state()),  # one of each rank: their drop paths differ
+        "epoch_loss": ranks.gather_objects(trainer.epoch_loss.tolist()),
+        "loader": trainer.loader.state_dict(),
+        "non_finite": trainer.non_finite.state_dict(),
+        "early_stopping": trainer.early_stopping.state_dict(),
+        "loggers": {type(logger).__name__: logger.state_dict() for logger in trainer.loggers},
+        "latest": dict(trainer.latest),
+        "train_time_s": trainer.clock.seconds,
+        "steps_per_epoch": trainer.steps_per_epoch,
+        "images_per_step": trainer.images_per_step,
+        "settings": trainer.settings,
+        "provenance": trainer.run.provenance,
+    }
+
+
+def restore(trainer: "Trainer", state: dict[str, Any]) -> None:
+    """Continues from `state`, strictly: a part that is missing or does not fit is an error."""
+    algorithm = trainer.train_step
+    algorithm.model.load_state_dict(state["model"])
+    algorithm.loss.load_state_dict(state["loss"])
+    algorithm.optimizer.load_state_dict(state["optimizer"])
+    algorithm.scaler.load_state_dict(state["scaler"])
+    trainer.loader.load_state_dict(state["loader"])
+    trainer.non_finite.load_state_dict(state["non_finite"])
+    trainer.early_stopping.load_state_dict(state["early_stopping"])
+    for logger in trainer.loggers:
+        if type(logger).__name__ in state["loggers"]:
+            logger.load_state_dict(state["loggers"][type(logger).__name__])
+    _restore_ranks(trainer, state)
+    trainer.step = state["step"]
+    trainer.evaluated_step = state["evaluated_step"]
+    trainer.latest = dict(state["latest"])
+    trainer.clock.resume_from(state["train_time_s"])
+
+
+def _restore_ranks(trainer: "Trainer", state: dict[str, Any]) -> None:
+    """What differs between ranks. With another number of them, which somebody has asked for, it cannot be the same:
+    the random streams start anew, and the first rank takes over the sums of all."""
+    rank = ranks.rank()
+    epoch_loss = torch.tensor(state["epoch_loss"], dtype=torch.float64)  # [ranks, 2]
+    if len(state["rng"]) == ranks.world_size():
+        set_rng_state(state["rng"][rank])
+        trainer.epoch_loss.copy_(epoch_loss[rank])
+    else:
+        set_seeds(trainer.seed + state["step"], rank)
+        trainer.epoch_loss.copy_(epoch_loss.sum(dim=0) if rank == 0 else torch.zeros(2))
