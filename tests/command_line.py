@@ -41,7 +41,12 @@ def command(*overrides: str) -> list[str]:
 
 def train(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Runs to the end."""
-    return finish(start(*overrides, cwd=cwd))
+    return run(command(*overrides), cwd=cwd)
+
+
+def run(words: list[str], *, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Any program, to its end."""
+    return finish(spawn(words, cwd=cwd))
 
 
 def start(*overrides: str, cwd: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:

@@ -1,7 +1,6 @@
 """What people type wrongly, at the real command line: one sentence each, exit code 2, nothing left behind."""
 
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+from command_line import REPOSITORY, run
 
 # Command line -> a part of each sentence that it must give, in order.
 CASES: dict[str, list[str]] = {
@@ -108,7 +106,7 @@ class Outcome:
 
 def run_train(line: str, directory: Path) -> Outcome:
     command = [sys.executable, str(REPOSITORY / "train.py"), *shlex.split(line)]
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=120, check=False)
+    done = run(command, cwd=directory)
     return Outcome(done.returncode, done.stdout, done.stderr, [path.name for path in directory.iterdir()])
 
 

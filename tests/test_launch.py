@@ -1,12 +1,12 @@
 """How a task's end becomes the exit code of the process, in single runs and in multiruns."""
 
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from command_line import run
 
 SCRIPT = """
 import os, sys
@@ -52,15 +52,15 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     script = tmp_path_factory.mktemp("script") / "script.py"
     script.write_text(SCRIPT)
 
-    def run(name: str) -> Outcome:
+    def outcome(name: str) -> Outcome:
         directory = tmp_path_factory.mktemp(name)
         arguments = [line.replace("here/a=b", '"here/a=b"') for line in LINES[name]]
         command = [sys.executable, str(script), *arguments]
-        done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=180, check=False)
+        done = run(command, cwd=directory)
         return Outcome(done.returncode, done.stdout, done.stderr, directory)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
-        return dict(zip(LINES, pool.map(run, LINES), strict=True))
+        return dict(zip(LINES, pool.map(outcome, LINES), strict=True))
 
 
 def test_a_run_goes_where_run_dir_says_and_does_not_change_directory(outcomes: dict[str, Outcome]) -> None:

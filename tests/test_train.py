@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from command_line import REPOSITORY, TINY, finish, metrics, spawn, status, train
+from command_line import REPOSITORY, TINY, metrics, run, status, train
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_a_loss_that_stays_non_finite_ends_with_exit_code_3_and_its_reason(tmp_p
 def test_a_multirun_trains_every_point_in_a_directory_of_its_own(tmp_path: Path) -> None:
     points = ("loss.teacher_temp=0.04,0.07", "ema.momentum=0.99,0.996")
     words = [sys.executable, str(REPOSITORY / "train.py"), "-m", *TINY, *points, "trainer.max_steps=2"]
-    result = finish(spawn(words, cwd=tmp_path))
+    result = run(words, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     status_files = sorted((tmp_path / "outputs" / "sweeps").rglob("status.json"))
     assert len(status_files) == 4
