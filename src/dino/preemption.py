@@ -57,11 +57,16 @@ def until_requested(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def hand_on() -> None:
-    """Calls what handled the signal before `listen` (a job manager's requeue), now that everything is saved."""
+    """Calls what handled the signal before `listen` (a job manager's requeue), now that everything is saved.
+
+    Signals that come later are ignored: the process is on its way out, and its exit code is to say why.
+    """
     for number in _received[:1]:
         handler = _earlier.get(number)
         if callable(handler) and handler is not signal.default_int_handler:
             handler(number, None)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _note(number: int, _frame: FrameType | None) -> None:

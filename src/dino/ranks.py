@@ -60,6 +60,8 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
         raise
     finally:
         if together:
+            # Nobody leaves before rank 0 has saved: some launchers end all tasks when the first one has ended.
+            dist.barrier(group=_control)
             _control = None
             dist.destroy_process_group()
 

@@ -1,0 +1,35 @@
+"""A real Slurm of two nodes on this machine, for the time of the tests; slurm-up.sh says what it needs."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[dict[str, str]]:
+    """The environment in which srun, sbatch and the others speak to the cluster."""
+    folder = tempfile.mkdtemp(prefix="slurm-")  # a short path: it holds sockets
+    environment = {**os.environ, "SLURMLAB_DIR": folder, "SLURMLAB_OWNER": str(os.getpid()), "SLURMLAB_ACCT": "0"}
+    try:
+        up = subprocess.run(
+            [HERE / "slurm-up.sh"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        if up.returncode == 77:
+            pytest.skip(f"{up.stderr.strip()}: apt-get install slurmctld slurmd slurm-client munge")
+        assert up.returncode == 0, up.stderr
+        yield {**os.environ, "SLURM_CONF": f"{folder}/slurm.conf"}
+    finally:
+        subprocess.run([HERE / "slurm-down.sh"], env=environment, stdin=subprocess.DEVNULL, capture_output=True)
+        shutil.rmtree(folder, ignore_errors=True)
