@@ -80,6 +80,14 @@ CASES: dict[str, list[str]] = {
     "run_dir=/etc/passwd/run": ["run_dir=/etc/passwd/run: /etc/passwd is not a folder"],
     "trainer.device=tpu": ["trainer.device=tpu: use auto or cpu or cuda"],
     "-m run_dir=here seed=0,1": ["run_dir with -m: every point needs a directory of its own"],
+    # surviving
+    "trainer.on_save_error=maybe": ["trainer.on_save_error=maybe: use warn or stop"],
+    "trainer.max_skipped_steps=-1": ["trainer.max_skipped_steps=-1: use a whole number of at least 0"],
+    "monitor.early_stopping.mode=up": ["monitor.early_stopping.mode=up: use auto or max or min"],
+    "monitor.early_stopping.patience=0": [
+        "monitor.early_stopping.patience=0: use a whole number of at least 1 or null"
+    ],
+    "resume_changes=loss": ["resume_changes=loss: use a list of texts"],
     # targets
     "loss._target_=os.system": ["loss._target_=os.system: only names in dino., torch., torchvision., timm. are built"],
     "loss._target_=dino.loss.DINOLos": [

@@ -1,6 +1,7 @@
 """Loggers: JSON lines that survive a crash, plain lines without a terminal."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,21 @@ def context(folder: Path, first_step: int = 0) -> RunContext:
     return RunContext(run_dir=folder, first_step=first_step, total_steps=10, steps_per_epoch=4)
 
 
-def write(folder: Path, first_step: int, steps: list[int], value: float) -> None:
+def write(folder: Path, steps: list[int], value: float, state: dict[str, int] | None = None) -> dict[str, int]:
+    """Logs `steps`, in a run resumed from `state` where given; returns the state after the last of them."""
     logger = JSONLinesLogger()
-    logger.start(context(folder, first_step))
+    if state is not None:
+        logger.load_state_dict(state)
+    logger.start(context(folder, steps[0]))
     for step in steps:
         logger.log(step, {"train/loss": value})
+    state = logger.state_dict()
     logger.close()
+    return state
 
 
 def test_lines_hold_step_epoch_time_and_metrics(tmp_path: Path) -> None:
-    write(tmp_path, 0, [0, 6], 1.5)
+    write(tmp_path, [0, 6], 1.5)
     first, second = read_lines(tmp_path / "metrics.jsonl")
     assert (first["step"], first["epoch"], first["train/loss"]) == (0, 0.0, 1.5)
     assert (second["step"], second["epoch"]) == (6, 1.5)
@@ -30,23 +36,53 @@ def test_lines_hold_step_epoch_time_and_metrics(tmp_path: Path) -> None:
 
 
 def test_non_finite_values_become_null(tmp_path: Path) -> None:
-    write(tmp_path, 0, [1], float("nan"))
+    write(tmp_path, [1], float("nan"))
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["train/loss"] is None
 
 
 def test_a_resumed_run_doubles_no_step_and_drops_a_torn_line(tmp_path: Path) -> None:
-    write(tmp_path, 0, [0, 1, 2, 3], 1.0)
+    state = write(tmp_path, [0, 1, 2], 1.0)
+    write(tmp_path, [3], 1.0, state)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "train/lo')
-    write(tmp_path, 2, [3, 4], 2.0)
+    write(tmp_path, [3, 4], 2.0, state)
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["train/loss"]) for line in lines] == [(0, 1), (1, 1), (2, 1), (3, 2), (4, 2)]
 
 
 def test_a_fresh_start_begins_an_empty_file(tmp_path: Path) -> None:
-    write(tmp_path, 0, [0, 1], 1.0)
-    write(tmp_path, 0, [0], 2.0)
+    write(tmp_path, [0, 1], 1.0)
+    write(tmp_path, [0], 2.0)
     assert [line["train/loss"] for line in read_lines(tmp_path / "metrics.jsonl")] == [2.0]
+
+
+def test_an_event_is_a_line_in_words_and_counts_as_one(tmp_path: Path) -> None:
+    logger = JSONLinesLogger()
+    logger.start(context(tmp_path))
+    logger.event(7, "skipped_step", "not finite")
+    assert logger.state_dict() == {"num_lines": 1}
+    logger.close()
+    (line,) = read_lines(tmp_path / "metrics.jsonl")
+    assert (line["step"], line["event"], line["text"]) == (7, "skipped_step", "not finite")
+
+
+def test_lines_for_which_there_is_no_room_are_written_later(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a full disk; the signal that comes with it is ignored by Python."""
+    logger = JSONLinesLogger()
+    logger.start(context(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        for step in range(5):
+            logger.log(step, {"train/loss": 1.0})
+        with pytest.raises(OSError, match="File too large"):
+            logger.state_dict()  # a checkpoint that knows more lines than there are would lose them
+        assert (tmp_path / "metrics.jsonl").read_text().count("\n") == len(read_lines(tmp_path / "metrics.jsonl")) < 5
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    logger.log(5, {"train/loss": 1.0})
+    logger.close()
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(range(6))
 
 
 def test_without_a_terminal_the_console_prints_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
