@@ -110,7 +110,7 @@ def save_three(run_dir: Path) -> Path:
     store = CheckpointStore(folder, keep=2)
     for step in (4, 8, 12):
         metrics = {"train/loss": 10 / step, "val/knn_top1": step / 16, "perf/images_per_s": 5.0}
-        store.save(step, {"weights": torch.ones(1000)}, metrics, best=step == 8, stays=step == 4)
+        store.save(step, {"weights": torch.ones(1000)}, metrics, best_step=8, stays=step == 4)
     store.wait()
     return folder
 
@@ -141,6 +141,21 @@ def test_checkpoints_without_a_valid_one_exits_with_1(tmp_path: Path) -> None:
     (tmp_path / "young").mkdir()
     (tmp_path / "young" / "status.json").write_text("{}")
     assert run("checkpoints", str(tmp_path / "young"))[0] == 1
+
+
+def test_checkpoints_says_how_many_files_are_lost_instead_of_an_empty_table(tmp_path: Path) -> None:
+    for path in save_three(tmp_path).glob("*.pt"):
+        path.unlink()
+    exit_code, stdout, stderr = run("checkpoints", str(tmp_path))
+    assert (exit_code, stdout) == (1, "")
+    assert stderr == "there is no valid checkpoint; sidecars (step_*.json) whose file is gone: 3\n"
+
+
+def test_checkpoints_tells_a_folder_from_a_file(tmp_path: Path) -> None:
+    (save_three(tmp_path) / "step_00000016.pt").mkdir()
+    exit_code, stdout, _ = run("checkpoints", str(tmp_path))
+    assert exit_code == 0
+    assert "damaged: it is a folder, not a file" in stdout.splitlines()[1]
 
 
 @pytest.mark.parametrize(

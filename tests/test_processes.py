@@ -78,7 +78,7 @@ def test_a_batch_script_and_a_step_of_one_task_are_single_processes() -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"WORLD_SIZE": "2"}, "RANK='': "),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
         (TORCHRUN | {"RANK": "two"}, "RANK='two': .*torchrun or srun"),
         (TORCHRUN | {"RANK": "-1"}, "RANK='-1': "),
         (TORCHRUN | {"WORLD_SIZE": ""}, "WORLD_SIZE='': "),

@@ -4,6 +4,7 @@ Each scenario ends in the comparison of `assert_same_run`: everything in the las
 `metrics.jsonl` against a run that nothing happened to.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -139,7 +140,7 @@ def test_what_changes_results_is_refused_unless_it_is_asked_for_by_name(undistur
     assert suggested[0] == "resume_changes=[dataset.batch_size,loss.teacher_temp,trainer.accumulate_steps]"
     other_meaning = train(*EVENTFUL, "resume_changes=[dataset]", "dataset.batch_size=64", cwd=tmp_path)
     assert other_meaning.returncode == 2
-    assert "give another run_dir" in other_meaning.stderr
+    assert "another run_dir with resume=" in other_meaning.stderr
     misspelt = train(*EVENTFUL, "resume_changes=[los.teacher_temp]", cwd=tmp_path)
     assert "did you mean loss.teacher_temp" in misspelt.stderr
     assert status(run_dir)["state"] == "finished", "a refused command has touched the record of the run"
@@ -386,6 +387,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+def fill(disk: Path, leave: int = 0) -> Path:
+    """Takes all the room that there is, but for `leave` bytes."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while leave == 0 or shutil.disk_usage(disk).free > leave:
+            file.write(bytes(4096))
+    return filler
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("on_save_error", ["warn", "stop"])
 def test_a_full_disk_is_named_and_destroys_nothing(small_disk: Path, on_save_error: str) -> None:
@@ -399,13 +409,7 @@ def test_a_full_disk_is_named_and_destroys_nothing(small_disk: Path, on_save_err
     ]
     process = start(*overrides, cwd=small_disk)
     wait_until(lambda: newest_step(small_disk / "run") >= 6, process)
-    filler = small_disk / "filler"
-    with filler.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            pass
+    filler = fill(small_disk)
     if on_save_error == "warn":
         time.sleep(2)
         filler.unlink()
@@ -430,6 +434,85 @@ def test_running_out_of_memory_says_what_to_turn_down(tmp_path: Path) -> None:
     reason = status(tmp_path / "run")["reason"]
     for words in ("out of memory", "dataset.batch_size=64", "trainer.accumulate_steps=2", "num_local_views"):
         assert words in reason
+
+
+@pytest.mark.slow
+def test_a_full_disk_under_two_ranks_ends_the_run_and_leaves_no_rank_behind(small_disk: Path) -> None:
+    """Only rank 0 meets it; the other learns of it."""
+    long = ["run_dir=run", "trainer.epochs=60", "trainer.save_every_steps=3", "evaluation=[]", "dataset.batch_size=32"]
+    processes = start_ranks(2, *long, cwd=small_disk)
+    wait_until(lambda: newest_step(small_disk / "run") >= 6, processes[0])
+    fill(small_disk)
+    results = [finish(process, timeout=120) for process in processes]
+    assert [result.returncode for result in results] == [1, 1], results
+    assert "No space left" in results[0].stdout or "free at" in results[0].stdout
+
+
+@pytest.mark.slow
+def test_a_last_checkpoint_that_cannot_be_written_is_a_failure(small_disk: Path) -> None:
+    """Also where the run goes on after every other failed save."""
+    fill(small_disk, leave=600_000)
+    result = train("run_dir=run", "head.out_dim=4096", cwd=small_disk)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "SaveError: checkpoint of step 12 needs" in result.stdout
+    assert status(small_disk / "run")["state"] == "failed"
+
+
+def test_a_second_process_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    long = ("run_dir=run", "trainer.epochs=900", "trainer.save_every_steps=3", "evaluation=[]")
+    first = start(*long, cwd=tmp_path)
+    wait_until(lambda: newest_step(tmp_path / "run") >= 3, first)
+    second = train(*long, cwd=tmp_path)
+    assert second.returncode == 2, second.stdout + second.stderr
+    assert f"process {first.pid} on " in second.stderr
+    assert first.poll() is None
+    assert end_by(signal.SIGTERM, first, group=False).returncode == 75
+    steps = [line["step"] for line in metrics(tmp_path / "run") if "train/loss" in line]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_pipe_that_is_closed_ends_no_run(tmp_path: Path) -> None:
+    process = start("run_dir=run", cwd=tmp_path)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("device")
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert "trained     12 steps" in (tmp_path / "run" / "train.log").read_text()
+
+
+# ---------------------------------------------------------------------- from a given checkpoint
+
+
+def test_resume_from_a_path_can_be_typed_again(undisturbed: Path, tmp_path: Path) -> None:
+    """From another run, then from what came of it; and back to an older one of its own, which sets newer ones aside."""
+    start_point = undisturbed / "checkpoints" / "step_00000008.pt"
+    elsewhere = [*EVENTFUL, f"resume={start_point}"]
+    assert train(*elsewhere, "trainer.max_steps=10", cwd=tmp_path).returncode == 0
+    again = train(*elsewhere, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "goes on from its newest checkpoint" in again.stdout
+    assert "step_00000010.pt, step 10" in again.stdout
+    run_dir = tmp_path / "run"
+    back = train(*EVENTFUL, f"resume={run_dir}/checkpoints/step_00000010.pt", "trainer.max_steps=11", cwd=tmp_path)
+    assert back.returncode == 0, back.stderr
+    assert [path.name for path in (run_dir / "checkpoints" / "abandoned").glob("*.pt")] == ["step_00000012.pt"]
+    assert last_state(run_dir)["step"] == 11
+    foreign = train(*EVENTFUL, f"resume={undisturbed}/checkpoints/step_00000010.pt", cwd=tmp_path)
+    assert foreign.returncode == 2
+    assert "has checkpoints of its own" in foreign.stderr
+
+
+def test_without_any_valid_checkpoint_a_run_is_refused_not_started_anew(undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = copy_run(undisturbed, tmp_path, up_to=12)
+    for path in (run_dir / "checkpoints").glob("step_*.pt"):
+        path.write_bytes(b"")
+    lines = metrics(run_dir)
+    result = train(*EVENTFUL, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "none of its checkpoints is valid" in result.stderr
+    assert metrics(run_dir) == lines
 
 
 # ---------------------------------------------------------------------- not finite

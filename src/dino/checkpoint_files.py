@@ -1,16 +1,18 @@
 """Checkpoints as files: their names, what lies beside them, which are valid, which may go. Imports no torch.
 
-`checkpoints/step_00001234.pt` has a sidecar `step_00001234.json`: step, sha256, bytes, metrics, stays, saved. `last.pt`
-and `best.pt` are symbolic links. Whatever ends in `.tmp` is being written, or was when its process was killed.
+`checkpoints/step_00001234.pt` has a sidecar `step_00001234.json`: step, sha256, bytes, metrics, stays, saved, and what
+it replaces. `last.pt` and `best.pt` are symbolic links. Whatever ends in `.tmp` is being written, or was when its
+process was killed. In `abandoned/` lie the checkpoints of later steps than the one from which the run was continued.
 """
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,11 +80,13 @@ def _entry(path: Path) -> Entry:
 
 def find_problem(path: Path, *, read: bool = True) -> str | None:
     """What is wrong with a checkpoint; None for a valid one. With `read=False` only the size is compared."""
+    if path.is_dir():
+        return "it is a folder, not a file"
     sidecar = read_sidecar(path)
     if sidecar is None:
         return f"its checksum file {path.stem}.json is missing or unreadable"
-    # While a file is being replaced, the new sidecar stands beside the old file for a moment.
-    contents = [sidecar, *filter(None, [sidecar.get("replaces")])]
+    # While a file is being replaced, the new sidecar stands beside the old file; for good where the replacing failed.
+    contents = [sidecar, *sidecar["replaces"]]
     try:
         size = path.stat().st_size
         contents = [content for content in contents if content["bytes"] == size]
@@ -107,7 +111,12 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     complete = isinstance(sidecar, dict) and {"sha256", "bytes", "metrics", "stays", "saved"} <= sidecar.keys()
-    return sidecar if complete else None
+    return sidecar if complete and isinstance(sidecar.get("replaces"), list) else None
+
+
+def sidecars_alone(directory: Path) -> list[Path]:
+    """Those without a checkpoint: it was never finished, or somebody removed it."""
+    return [path for path in directory.glob("step_*.json") if not path.with_suffix(".pt").exists()]
 
 
 # ---------------------------------------------------------------------- changing the folder
@@ -115,31 +124,38 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
 
 def write_sidecar(path: Path, content: dict[str, Any]) -> None:
     """Puts the sidecar in place, durably, before its checkpoint is; a file of this name that is there stays valid."""
-    before = read_sidecar(path)
-    replaces = {key: before[key] for key in ("sha256", "bytes")} if before and path.exists() else None
+    before = read_sidecar(path) if path.exists() else None
+    earlier = [before, *before["replaces"]] if before is not None else []
+    replaces = {old["sha256"]: {"sha256": old["sha256"], "bytes": old["bytes"]} for old in earlier}  # each once
     temporary = path.with_suffix(".json.tmp")
     with temporary.open("w") as file:
-        json.dump(content | {"replaces": replaces}, file, indent=1)
+        json.dump(content | {"replaces": list(replaces.values())}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     move(temporary, path.with_suffix(".json"))
 
 
 def move(temporary: Path, path: Path) -> None:
-    """Renames within a folder, and flushes the folder so that the new name outlives a power cut."""
+    """Renames, and flushes the folder so that the new name outlives a power cut."""
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush folders
             raise
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def link(name: str, path: Path) -> None:
-    """Lets the symbolic link `name`, in the same folder, name `path`."""
+    """Lets the symbolic link `name`, in the same folder, name `path`, where it does not already."""
+    if is_linked(path, name):
+        return
     temporary = path.with_name(f"{name}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(path.name)
@@ -157,15 +173,56 @@ def prune(new: Path, keep: int) -> None:
     newest = [path for path in all_files if find_problem(path, read=False) is None][:keep]
     for path in all_files:
         stays = (read_sidecar(path) or {}).get("stays", False)
-        if path not in (new, *newest) and not stays and not is_linked(path, "best.pt"):
+        if path not in (new, *newest) and not stays and not is_linked(path, "best.pt") and not path.is_dir():
             path.unlink()
             path.with_suffix(".json").unlink(missing_ok=True)
 
 
+def set_aside(directory: Path, after: int) -> list[Path]:
+    """Moves every checkpoint of a step larger than `after`, valid or not, to `abandoned/`, durably, the newest first.
+
+    Nothing there is overwritten: the second `step_00000045.pt` becomes `step_00000045.1.pt`, which loads as well.
+    `last.pt` then names the newest one that remains; `best.pt` is removed where what it named is.
+    """
+    found = files(directory)
+    later = [path for path in found if step_of(path) > after]
+    remaining = found[len(later) :]
+    # The links come first: whenever this stops, none of them dangles.
+    for named in (directory / "last.pt", directory / "best.pt"):
+        name = NAME.fullmatch(named.readlink().name) if named.is_symlink() else None
+        if name is None or int(name[1]) <= after:
+            continue
+        if named.name == "last.pt" and remaining:
+            link("last.pt", remaining[0])
+        else:
+            named.unlink()
+            flush_folder(directory)
+    moved = [_abandon(path) for path in later]
+    if moved:
+        flush_folder(directory)
+    return moved
+
+
+def _abandon(path: Path) -> Path:
+    folder, sidecar = path.parent / "abandoned", path.with_suffix(".json")
+    folder.mkdir(exist_ok=True)
+    names = itertools.chain([path.name], (f"{path.stem}.{number}.pt" for number in itertools.count(1)))
+    candidates = (folder / name for name in names)
+    target = next(new for new in candidates if not (new.exists() or new.with_suffix(".json").exists()))
+    # The sidecar is copied before and removed after: whenever this stops, there is one beside the checkpoint.
+    if sidecar.exists():
+        with target.with_suffix(".json").open("wb") as file:
+            file.write(sidecar.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+    move(path, target)
+    sidecar.unlink(missing_ok=True)
+    return target
+
+
 def tidy(directory: Path) -> None:
     """Removes what killed processes left: temporary files, and sidecars without a checkpoint."""
-    alone = [path for path in directory.glob("step_*.json") if not path.with_suffix(".pt").exists()]
-    for path in (*directory.glob("*.tmp"), *alone):
+    for path in (*directory.glob("*.tmp"), *sidecars_alone(directory)):
         path.unlink(missing_ok=True)
 
 
@@ -186,8 +243,10 @@ def find_folder(run: Path) -> Path:
     raise ValueError(f"{run}: {what}; give the directory of a run, which holds status.json and checkpoints/")
 
 
-def table(rows: Iterable[Entry]) -> list[str]:
-    """A header and one line for each checkpoint, in columns."""
+def table(rows: Sequence[Entry]) -> list[str]:
+    """A header and one line for each checkpoint, in columns; nothing for none."""
+    if not rows:
+        return []
     cells = [("file", "step", "saved", "size", "state", "marks", "metrics")]
     for entry in rows:
         marks = [name for name in ("best", "last", "stays") if getattr(entry, name)]

@@ -40,15 +40,18 @@ def _config(overrides: list[str] | None) -> DictConfig:
 @app.command("checkpoints")
 def list_checkpoints(run: Annotated[Path, typer.Argument(help="the directory of a run")]) -> None:
     """The checkpoints of a run, newest first: step, date, size, whether they are valid, and what was measured."""
-    from dino.checkpoint_files import entries, find_folder, table
+    from dino.checkpoint_files import entries, find_folder, sidecars_alone, table
     from dino.launch import answering_bad_values
 
     with answering_bad_values():
-        found = entries(find_folder(run))
+        folder = find_folder(run)
+        found = entries(folder)
     for line in table(found):
         typer.echo(line)
     if not any(entry.valid for entry in found):
-        typer.echo("there is no valid checkpoint", err=True)
+        num_alone = len(sidecars_alone(folder))
+        lost = f"; sidecars (step_*.json) whose file is gone: {num_alone}" if num_alone else ""
+        typer.echo(f"there is no valid checkpoint{lost}", err=True)
         raise typer.Exit(1)
 
 

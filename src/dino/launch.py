@@ -21,17 +21,17 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from dino import preemption
 from dino.config import CONF, ROOT, compose, raw_settings
+from dino.exits import EXIT_BAD_CONFIGURATION, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED
 from dino.messages import ConfigError, did_you_mean, report
 from dino.overrides import parsed
-from dino.preemption import EXIT_PREEMPTED
 from dino.presets import fit_presets, leaves
 from dino.processes import Processes
 from dino.validation import checked
 
 Task = Callable[[DictConfig], None]
 
-EXIT_FAILED, EXIT_BAD_CONFIGURATION, EXIT_INTERRUPTED = 1, 2, 130
 STOPS_A_SWEEP = (EXIT_INTERRUPTED, EXIT_PREEMPTED)  # after these it does not go on to its next point
 
 
@@ -55,6 +55,8 @@ def main(task: Task) -> Callable[[], None]:
         if processes.several:
             # Before torch is imported: its C++ warnings would come once a rank, for what is meant (`over_ranks`).
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            preemption.follow_parent()
         if processes.is_main:
             arguments = _checked_arguments(processes)
         else:

@@ -4,13 +4,16 @@ A cluster sends SIGTERM, SIGUSR1 or SIGUSR2 ahead of a time limit or a preemptio
 group; a person sends SIGINT with Ctrl-C. All four mean the same: finish the step, save, and come back later.
 """
 
+import contextlib
+import ctypes
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TypeVar
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: try again
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 Item = TypeVar("Item")
 Handler = Callable[[int, FrameType | None], object]
@@ -57,16 +60,22 @@ def until_requested(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def hand_on() -> None:
-    """Calls what handled the signal before `listen` (a job manager's requeue), now that everything is saved.
+    """Calls what handled the signals before `listen` (a job manager's requeue), now that everything is saved.
 
     Signals that come later are ignored: the process is on its way out, and its exit code is to say why.
     """
-    for number in _received[:1]:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    for number in dict.fromkeys(_received):
         handler = _earlier.get(number)
         if callable(handler) and handler is not signal.default_int_handler:
             handler(number, None)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+
+
+def follow_parent() -> None:
+    """Counts the death of the parent as SIGTERM, since ranks would outlive a torchrun that is killed (on Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _note(number: int, _frame: FrameType | None) -> None:

@@ -74,7 +74,11 @@ def first_host(node_list: str) -> str:
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
-    text = environment.get(name, "")
+    text = environment.get(name)
+    if text is None:
+        raise ValueError(
+            f"{name} is not set, though several processes were announced; start them with torchrun or srun"
+        )
     if not text.isdecimal():
         raise ValueError(f"{name}={text!r}: several processes were announced; start them with torchrun or srun")
     return int(text)

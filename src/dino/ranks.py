@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dino.preemption import EXIT_PREEMPTED
+from dino.exits import EXIT_PREEMPTED
 from dino.processes import Processes
 
 log = logging.getLogger("dino")
@@ -60,8 +60,7 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
         raise
     finally:
         if together:
-            # Nobody leaves before rank 0 has saved: some launchers end all tasks when the first one has ended.
-            dist.barrier(group=_control)
+            wait_for_all()  # some launchers end all tasks when the first one has ended
             _control = None
             dist.destroy_process_group()
 
@@ -177,6 +176,12 @@ def any_rank(flag: bool) -> bool:
     shared = torch.tensor(int(flag))
     dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=_control)
     return bool(shared)
+
+
+def wait_for_all() -> None:
+    """Returns when every rank has come here."""
+    if is_distributed():
+        dist.barrier(group=_control)
 
 
 def gather_objects(value: Value) -> list[Value]:

@@ -1,6 +1,7 @@
 """The run directory: what is written whatever happens (`config.yaml`, `status.json`, `train.log`)."""
 
 import contextlib
+import fcntl
 import json
 import logging
 import logging.handlers
@@ -14,12 +15,14 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from dino import preemption
-from dino.preemption import EXIT_PREEMPTED, Preempted
+from dino.exits import EXIT_BAD_CONFIGURATION, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NON_FINITE, EXIT_PREEMPTED
+from dino.preemption import Preempted
 from dino.processes import Processes
 
 log = logging.getLogger("dino")
 
-EXIT_FAILED, EXIT_BAD_CONFIGURATION, EXIT_NON_FINITE, EXIT_INTERRUPTED = 1, 2, 3, 130
+LOCK = ".lock"
+LOCK_WAIT_S = 10  # for a process before this one that is on its way out
 
 
 class NonFiniteError(RuntimeError):
@@ -49,9 +52,12 @@ class Run:
         self._file: logging.Handler | None = None
         self._stdout = _CurrentStdout()
         self._status_written = True  # the last time
+        self._locked: TextIO | None = None
 
     def __enter__(self) -> "Run":
         preemption.listen()
+        if (self.directory / LOCK).exists():
+            self._lock()
         self._stdout.setFormatter(logging.Formatter("%(message)s"))
         log.setLevel(logging.INFO if self.processes.is_main else logging.WARNING)
         log.propagate = False
@@ -63,6 +69,7 @@ class Run:
     def begin(self, step: int = 0) -> None:
         """The run is on: opens `train.log` and writes `status.json`."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock()
         earlier = read_status(self.directory)
         self._file = _LogFile(self.directory / "train.log")
         rank = f" [rank {self.processes.rank}]" if self.processes.several else ""
@@ -74,6 +81,33 @@ class Run:
         if earlier.get("state") == "running" and self.processes.is_main:
             log.info("note        the attempt before this one ended without a word: killed, or the machine went down")
         self.update(state="running", step=step)
+
+    def _lock(self) -> None:
+        """Holds the directory for this process, whose end, whatever it is, lets go of it.
+
+        Raises:
+            ValueError: another process trains in it.
+        """
+        if self._locked is not None or not self.processes.is_main:
+            return
+        file = (self.directory / LOCK).open("a")
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
+                owner = read_status(self.directory)
+                raise ValueError(
+                    f"run_dir={self.directory}: process {owner.get('pid')} on {owner.get('host')} trains in it; "
+                    "wait for its end, or give another run_dir"
+                ) from None
+            except OSError as error:  # some network file systems have no locks
+                log.warning("%s cannot be locked (%s): take care that only one process trains in it", file.name, error)
+            self._locked = file
+            return
 
     def update(self, **values: Any) -> None:
         """Writes `status.json` anew, never leaving half a file behind; only on rank 0."""
@@ -110,13 +144,15 @@ class Run:
                 if handler is not None:
                     log.removeHandler(handler)
                     handler.close()
+            if self._locked is not None:
+                self._locked.close()
 
     def _preempted(self, error: Preempted) -> None:
         if self._file is None:  # still starting up: the step is that of the attempt before
             self.begin(step=read_status(self.directory).get("step", 0))
         self.update(state="preempted", reason=str(error), exit_code=EXIT_PREEMPTED)
         log.info(
-            "preempted   %s at step %d; the same command with run_dir=%s goes on from there",
+            "preempted   %s at step %d; the same command with run_dir=%s goes on from the newest checkpoint",
             error,
             self.status["step"],
             self.directory,
@@ -124,16 +160,20 @@ class Run:
         preemption.hand_on()
 
     def _fail(self, error: BaseException) -> None:
-        if self._file is None:
+        if self._file is None and self.processes.is_main:
             self.begin()
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+        # A ValueError is a sentence for the user.
+        named = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else named
         reason = f"rank {self.processes.rank}: {reason}" if self.processes.several else reason
         # When one rank fails, the others lose their connection to it; what counts is the failure that came first.
-        if not (self.processes.several and read_status(self.directory).get("state") == "failed"):
+        first = not (self.processes.several and read_status(self.directory).get("state") == "failed")
+        if first and self._file is not None:
             self.status |= {"state": "failed", "reason": reason, "exit_code": exit_code(error)}
             self._write_status()
-        with contextlib.suppress(OSError), (self.directory / "train.log").open("a") as file:
-            file.write("".join(traceback.format_exception(error)))
+        if self._file is not None:
+            with contextlib.suppress(OSError), (self.directory / "train.log").open("a") as file:
+                file.write("".join(traceback.format_exception(error)))
         log.error("%s (full traceback in %s)", reason, self.directory / "train.log")
         if self.processes.several:  # rank 0 may be waiting for this one, and print nothing of it
             print(f"[rank {self.processes.rank}]", *traceback.format_exception(error), sep="\n", file=sys.stderr)
@@ -191,3 +231,15 @@ class _CurrentStdout(logging.StreamHandler[TextIO]):
     @stream.setter
     def stream(self, value: TextIO) -> None:
         """Ignored: the stream is looked up at every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  the name is logging's
+        if isinstance(sys.exc_info()[1], OSError):
+            go_on_without_stdout()
+        else:
+            super().handleError(record)
+
+
+def go_on_without_stdout() -> None:
+    """A terminal or pipe that has gone away ends no run: from now on only `train.log` has the lines."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -46,7 +46,7 @@ def test_patience_is_counted_in_evaluations_and_survives_a_resume() -> None:
     resumed.load_state_dict(stopping.state_dict())
     assert not resumed.update(3, {"val/knn_top1": 48})
     assert resumed.exhausted
-    assert "has not improved on 50 of step 1 for 2 evaluations" in resumed.reason
+    assert "has not improved on 50 of step 1 in 2 evaluations" in resumed.reason
     assert not followed([50] * 99)[0].exhausted
 
 

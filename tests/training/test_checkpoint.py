@@ -19,7 +19,7 @@ import torch
 
 from dino import checkpoint_files
 from dino.training import checkpoint
-from dino.training.checkpoint import CheckpointStore
+from dino.training.checkpoint import CheckpointStore, SaveError
 
 MIB = 2**20
 
@@ -32,8 +32,8 @@ def state(value: float, numel: int = 64) -> dict[str, Any]:
     }
 
 
-def save(store: CheckpointStore, step: int, **marks: bool) -> Path:
-    store.save(step, state(step), {"train/loss": step / 2}, **marks)
+def save(store: CheckpointStore, step: int, *, best_step: int | None = None, stays: bool = False) -> Path:
+    store.save(step, state(step), {"train/loss": step / 2}, best_step=best_step, stays=stays)
     store.wait()
     assert store.take_error() is None
     return store.directory / f"step_{step:08d}.pt"
@@ -128,7 +128,7 @@ def test_every_file_that_is_written_loads_with_weights_only(tmp_path: Path) -> N
     for step in (1, 2):
         model(torch.randn(3, 4)).square().mean().backward()
         optimizer.step()
-        store.save(step, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, {}, best=step == 1)
+        store.save(step, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, {}, best_step=1)
     store.wait()
     files = list(tmp_path.glob("*.pt"))
     assert len(files) == 4  # two steps, last, best
@@ -144,7 +144,7 @@ def test_every_file_that_is_written_loads_with_weights_only(tmp_path: Path) -> N
 def test_only_the_newest_stay_and_the_best_is_never_pruned(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     for step in range(1, 8):
-        save(store, step, best=step == 2, stays=step == 3)
+        save(store, step, best_step=2 if step >= 2 else None, stays=step == 3)
     kept = {"step_00000002", "step_00000003", "step_00000006", "step_00000007"}
     assert names(tmp_path) == {f"{name}.{end}" for name in kept for end in ("pt", "json")} | {"last.pt", "best.pt"}
     assert checkpoint.load(tmp_path / "best.pt")["step"] == 2
@@ -154,13 +154,99 @@ def test_only_the_newest_stay_and_the_best_is_never_pruned(tmp_path: Path) -> No
 
 def test_last_can_be_pointed_to_the_best_until_the_next_save(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=1)
-    save(store, 1, best=True)
-    save(store, 2)
+    save(store, 1, best_step=1)
+    save(store, 2, best_step=1)
     store.point_last_to_best()
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 1
     assert store.newest_valid() == tmp_path / "step_00000002.pt"
     save(store, 3)
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 3
+
+
+def test_a_best_one_that_was_not_linked_is_linked_by_the_next_save_before_anything_is_removed(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    save(store, 1)  # killed before best.pt was linked
+    assert store.best() is None
+    save(store, 2, best_step=1)
+    assert store.best() == tmp_path / "step_00000001.pt"
+    save(store, 3, best_step=9)  # never written: the one before remains
+    assert store.best() == tmp_path / "step_00000001.pt"
+
+
+def test_best_can_be_repaired_without_a_save(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    store.point_best_to(1)
+    assert not store.directory.exists()
+    for step in (1, 2):
+        save(store, step)
+    store.point_best_to(None)
+    store.point_best_to(7)
+    assert store.best() is None
+    for step in (1, 2, 2):
+        store.point_best_to(step)
+        assert store.best() == store.directory / f"step_{step:08d}.pt"
+    (store.directory / "step_00000002.pt").unlink()
+    assert store.best() is None
+    store.point_best_to(1)
+    assert store.best() == store.directory / "step_00000001.pt"
+
+
+def test_later_checkpoints_are_set_aside_whole_and_never_overwrite_each_other(tmp_path: Path) -> None:
+    store, aside = CheckpointStore(tmp_path, keep=9), tmp_path / "abandoned"
+    for step in (10, 20, 30):
+        save(store, step, best_step=step)
+    assert store.set_aside(30) == []
+    assert not aside.exists()
+    os.truncate(tmp_path / "step_00000030.pt", 10)
+    assert store.set_aside(10) == [aside / "step_00000030.pt", aside / "step_00000020.pt"]
+    assert names(tmp_path) == {"step_00000010.pt", "step_00000010.json", "last.pt", "abandoned"}
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 10
+    assert store.newest_valid() == tmp_path / "step_00000010.pt"
+    assert [entry.step for entry in store.entries()] == [10]
+
+    for number in (1, 2):
+        store.save(20, state(20 + number), {})
+        store.wait()
+        (moved,) = store.set_aside(10)
+        assert moved == aside / f"step_00000020.{number}.pt"
+    assert [checkpoint.load(aside / f"step_00000020{end}.pt")["step"] for end in ("", ".1", ".2")] == [20, 21, 22]
+
+    store.point_best_to(10)
+    assert store.set_aside(0) == [aside / "step_00000010.pt"]
+    assert names(tmp_path) == {"abandoned"}
+    assert store.newest_valid() is None
+
+
+def test_links_to_what_remains_are_left_alone_when_others_are_set_aside(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=9)
+    for step in (1, 2, 3):
+        save(store, step, best_step=1)
+    store.point_last_to_best()
+    store.set_aside(2)
+    assert (tmp_path / "last.pt").resolve() == store.best() == tmp_path / "step_00000001.pt"
+
+
+def test_setting_aside_that_is_cut_short_leaves_no_link_to_nothing_and_can_be_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, move = CheckpointStore(tmp_path, keep=9), checkpoint_files.move
+    for step in (1, 2, 3):
+        save(store, step, best_step=3)
+
+    def failing(temporary: Path, path: Path) -> None:
+        if path.name == "step_00000002.pt":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        move(temporary, path)
+
+    monkeypatch.setattr(checkpoint_files, "move", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        store.set_aside(1)
+    assert (tmp_path / "last.pt").resolve() == tmp_path / "step_00000001.pt"
+    assert store.newest_valid() == tmp_path / "step_00000002.pt"
+    monkeypatch.undo()
+    (moved,) = store.set_aside(1)
+    assert checkpoint.load(moved)["step"] == 2
+    assert checkpoint.load(tmp_path / "abandoned" / "step_00000003.pt")["step"] == 3
 
 
 def test_a_truncated_file_does_not_push_out_a_good_one(tmp_path: Path) -> None:
@@ -196,7 +282,7 @@ def test_a_step_that_is_saved_again_is_valid_at_every_moment(tmp_path: Path, mon
 
 def test_tidy_removes_what_a_killed_process_leaves_and_nothing_else(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=2)
-    save(store, 1, best=True)
+    save(store, 1, best_step=1)
     before = names(tmp_path)
     for name in ("step_00000002.pt.tmp", "step_00000002.json.tmp", "last.pt.tmp", "step_00000003.json"):
         (tmp_path / name).write_text("{}")
@@ -219,7 +305,7 @@ DAMAGE = {
     "one byte flipped": (flip_a_byte, "its checksum differs from the one written"),
     "no sidecar": (lambda path: path.with_suffix(".json").unlink(), "step_00000002.json is missing"),
     "broken sidecar": (lambda path: path.with_suffix(".json").write_text("{"), "step_00000002.json is missing or unr"),
-    "deleted": (lambda path: path.unlink(), "step_00000002.pt is gone"),
+    "deleted": (lambda path: path.unlink(), "it is gone"),
 }
 
 
@@ -246,10 +332,33 @@ def test_without_a_valid_checkpoint_there_is_none(tmp_path: Path, logged: pytest
     assert not logged.records
     with pytest.raises(ValueError, match="there is no such checkpoint"):
         checkpoint.load(tmp_path / "step_00000001.pt")
-    flip_a_byte(save(store, 1))
-    flip_a_byte(save(store, 2))
+    (tmp_path / "step_00000003.json").write_text("{}")  # killed in the very first save
+    (tmp_path / "step_00000003.pt.tmp").touch()
     assert store.newest_valid() is None
-    assert len(logged.records) == 2
+    assert not logged.records
+
+
+def test_without_a_valid_one_among_the_checkpoints_all_are_named_in_one_sentence(
+    tmp_path: Path, logged: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "checkpoints"
+    store = CheckpointStore(folder, keep=3)
+    first, second, _, fourth = (save(store, step, stays=True) for step in (1, 2, 3, 4))
+    flip_a_byte(first)
+    os.truncate(second, 0)
+    (folder / "step_00000003.pt").unlink()
+    (folder / "step_00000003.pt").mkdir()
+    fourth.unlink()
+    with pytest.raises(ValueError, match="none of its checkpoints is valid") as refused:
+        store.newest_valid()
+    size = checkpoint_files.read_sidecar(folder / "step_00000002.pt")["bytes"]  # type: ignore[index]
+    assert str(refused.value) == (
+        f"run_dir={tmp_path}: none of its checkpoints is valid (step_00000004.pt: it is gone; "
+        f"step_00000003.pt: it is a folder, not a file; step_00000002.pt: its size is 0 bytes, but {size} were "
+        "written; step_00000001.pt: its checksum differs from the one written); "
+        f"give resume=PATH of a good one, or remove {folder} to start anew"
+    )
+    assert not logged.records  # nothing before them is used
 
 
 class Malicious:
@@ -262,7 +371,7 @@ class Malicious:
 
 def with_matching_checksum(path: Path) -> Path:
     content = {"sha256": checkpoint_files.checksum(path), "bytes": path.stat().st_size, "metrics": {}, "saved": 0.0}
-    path.with_suffix(".json").write_text(json.dumps({"step": 1, "stays": False, **content}))
+    path.with_suffix(".json").write_text(json.dumps({"step": 1, "stays": False, "replaces": [], **content}))
     return path
 
 
@@ -340,7 +449,7 @@ def test_a_disk_that_fills_up_during_the_write_is_said_and_the_last_good_one_loa
     store.wait()
     error = store.take_error()
     assert str(error) == (
-        f"checkpoint of step 2 could not be written to {store.directory}/step_00000002.pt: No space left on device"
+        f"checkpoint of step 2 could not be written: No space left on device ({store.directory}/step_00000002.pt)"
     )
     assert [record.message for record in logged.records] == [str(error)]  # no second try
     assert names(store.directory) == before
@@ -373,7 +482,7 @@ def test_the_true_reason_is_shown_when_torch_hides_it(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert result.stdout.splitlines() == [
         "None",
-        f"checkpoint of step 2 could not be written to {tmp_path}/step_00000002.pt: File too large",
+        f"checkpoint of step 2 could not be written: File too large ({tmp_path}/step_00000002.pt)",
     ], result.stderr
     assert names(tmp_path) == {"step_00000001.pt", "step_00000001.json", "last.pt"}
 
@@ -404,13 +513,14 @@ def test_transient_errors_are_retried_with_a_warning_each(
         assert levels == ["WARNING"] * 3 + ["ERROR"]
         assert "checkpoint of step 2 could not be written" in str(store.take_error())
         assert store.newest_valid() == good
+    assert store.saved_step == (2 if saved else 1)
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_an_error_waits_until_it_is_taken_also_behind_a_later_save(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    folder.write_text("in the way")
     store = CheckpointStore(folder, keep=1)
+    folder.write_text("in the way")
     store.save(1, state(1), {})
     store.wait()
     folder.unlink()
@@ -419,6 +529,91 @@ def test_an_error_waits_until_it_is_taken_also_behind_a_later_save(tmp_path: Pat
     assert "checkpoint of step 1 could not be written" in str(store.take_error())
     assert store.take_error() is None
     assert store.newest_valid() == folder / "step_00000002.pt"
+
+
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_step_whose_replacing_fails_stays_valid_and_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    store, move, failures = CheckpointStore(tmp_path, keep=2), checkpoint.move, iter(range(times))
+    path = save(store, 5)
+
+    def failing(temporary: Path, path: Path) -> None:
+        if next(failures, None) is not None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(temporary), None, str(path))
+        move(temporary, path)
+
+    monkeypatch.setattr(checkpoint, "move", failing)
+    monkeypatch.setattr(checkpoint, "RETRY_WAITS_S", (0.01, 0.02))
+    for value in (6, 7):  # two in a row, the first of which may leave its checksum only
+        store.save(5, state(value), {})
+        store.wait()
+        assert checkpoint_files.find_problem(path) is None
+        assert store.newest_valid() == path
+    assert checkpoint.load(path)["step"] == (7 if times == 1 else 5)
+    assert (store.take_error() is None) == (times == 1)
+    monkeypatch.undo()
+    flip_a_byte(path)
+    assert checkpoint_files.find_problem(path) == "its checksum differs from the one written"
+
+
+def test_an_error_names_the_file_that_it_is_about(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "last.pt").mkdir()
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(48, state(48), {})
+    store.wait()
+    error = store.take_error()
+    assert str(error) == f"checkpoint of step 48 could not be written: Is a directory ({tmp_path}/last.pt)"
+    assert [record.message for record in logged.records] == [str(error)]
+
+
+def test_old_checkpoints_that_cannot_be_removed_are_named_and_the_save_has_succeeded(
+    tmp_path: Path, logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, unlink = CheckpointStore(tmp_path, keep=1), Path.unlink
+    old = save(store, 1)
+
+    def failing(path: Path, missing_ok: bool = False) -> None:
+        if path == old:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", failing)
+    save(store, 2)
+    assert [record.message for record in logged.records] == [
+        f"older checkpoints could not be removed: Permission denied ({old})"
+    ]
+    assert store.saved_step == 2
+
+
+def test_a_folder_in_the_place_of_a_checkpoint_does_not_keep_old_ones_from_being_removed(
+    tmp_path: Path, logged: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    save(store, 1)
+    (tmp_path / "step_00000002.pt").mkdir()
+    save(store, 3)
+    assert not (tmp_path / "step_00000001.pt").exists()
+    assert not logged.records
+
+
+def test_a_save_that_could_not_begin_waits_as_an_error_too(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    store.fail(3, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/metrics.jsonl"))
+    error = store.take_error()
+    assert isinstance(error, SaveError)
+    assert str(error) == "checkpoint of step 3 could not be written: No space left on device (/run/metrics.jsonl)"
+    assert [record.message for record in logged.records] == [str(error)]
+    assert store.take_error() is None
+    assert store.saved_step is None
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_file_in_the_place_of_the_folder_is_refused_at_once(tmp_path: Path, dangling: bool) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.symlink_to("nowhere") if dangling else folder.touch()
+    with pytest.raises(ValueError, match=f"^run_dir={tmp_path}: checkpoints is not a folder$"):
+        CheckpointStore(folder, keep=1)
 
 
 # ---------------------------------------------------------------------- kills
@@ -438,7 +633,8 @@ for kill in range(20):
     if child == 0:
         while True:
             step += 1
-            store.save(step, {"step": step, "weights": torch.full((100_000,), float(step))}, {}, best=step % 3 == 0)
+            weights = torch.full((100_000,), float(step))
+            store.save(step, {"step": step, "weights": weights}, {}, best_step=step - step % 3)
     deadline = time.monotonic() + 60
     while not (folder / f"step_{step + 4:08d}.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -478,7 +674,7 @@ def test_the_interpreter_finishes_the_write_before_it_exits(tmp_path: Path) -> N
 def test_entries_tell_everything_about_every_checkpoint(tmp_path: Path) -> None:
     store, started = CheckpointStore(tmp_path, keep=2), time.time()
     save(store, 1, stays=True)
-    save(store, 2, best=True)
+    save(store, 2, best_step=2)
     os.truncate(save(store, 3), 10)
     newest, middle, oldest = store.entries()
     assert [(entry.last, entry.best, entry.stays) for entry in (newest, middle, oldest)] == [

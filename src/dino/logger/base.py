@@ -33,8 +33,15 @@ class Logger:
     def advance(self, step: int) -> None:
         """Called after every step, logged or not; must cost next to nothing."""
 
+    def flush(self) -> None:
+        """Puts everything logged so far on the disk; comes before every checkpoint, which is not written otherwise.
+
+        Raises:
+            OSError: it cannot be done.
+        """
+
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on in the same place; plain types. Everything logged so far is on the disk."""
+        """What a resumed run needs to go on in the same place; plain types."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dino.logger.base import Logger, RunContext
+from dino.run import go_on_without_stdout
 
 SHOWN = {  # metric -> label and format on the progress line
     "train/loss": ("loss", "{:.3f}"),
@@ -29,6 +30,7 @@ class Console(Logger):
         self._shown: dict[str, str] = {}
         self._progress: Progress | None = None
         self._last_line = float("-inf")
+        self._waiting: str | None = None  # a line that is not printed yet
 
     def start(self, context: RunContext) -> None:
         self._context = context
@@ -57,13 +59,24 @@ class Console(Logger):
         text = "  ".join(f"{label} {value}" for label, value in self._shown.items())
         if self._progress is not None:
             self._progress.update(self._task, description=text)
-        elif "k-NN" in new or step == self._context.total_steps or self._is_due():
-            print(f"step {step}/{self._context.total_steps}  {text}  left {self._time_left(step)}", flush=True)
+        else:
+            self._waiting = f"step {step}/{self._context.total_steps}  {text}  left {self._time_left(step)}"
+            if "k-NN" in new or self._is_due():
+                self._print_waiting()
 
     def close(self) -> None:
+        self._print_waiting()
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+    def _print_waiting(self) -> None:
+        if self._waiting is not None:
+            try:
+                print(self._waiting, flush=True)
+            except OSError:
+                go_on_without_stdout()
+        self._waiting = None
 
     def _is_due(self) -> bool:
         now = time.monotonic()

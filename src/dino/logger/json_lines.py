@@ -24,13 +24,19 @@ class JSONLinesLogger(Logger):
 
     def __init__(self) -> None:
         self._file: io.FileIO | None = None
-        self._num_lines = 0
+        self._num_lines: int | None = None
         self._steps_per_epoch = 1
         self._unwritten = b""  # lines for which the disk had no room yet
 
     def start(self, context: RunContext) -> None:
         path = context.run_dir / "metrics.jsonl"
-        self._num_lines = keep_first_lines(path, self._num_lines)
+        known = self._num_lines
+        if known is None:  # not resumed, or from a run without this logger
+            lines = read_lines(path) if context.first_step > 0 and path.exists() else []
+            known = sum(line["step"] <= context.first_step for line in lines)
+        self._num_lines = keep_first_lines(path, known)
+        if self._num_lines < known and path.exists():
+            log.warning("metrics.jsonl has lost lines: %d of %d are left", self._num_lines, known)
         self._steps_per_epoch = context.steps_per_epoch
         self._file = path.open("ab", buffering=0)
 
@@ -40,10 +46,12 @@ class JSONLinesLogger(Logger):
     def event(self, step: int, name: str, text: str) -> None:
         self._write(step, {"event": name, "text": text})
 
-    def state_dict(self) -> dict[str, Any]:
+    def flush(self) -> None:
         if self._file is not None:
             self._write_out()
             os.fsync(self._file.fileno())
+
+    def state_dict(self) -> dict[str, Any]:
         return {"num_lines": self._num_lines}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -56,6 +64,7 @@ class JSONLinesLogger(Logger):
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         assert self._file is not None, "start() comes first"
+        assert self._num_lines is not None
         line = {"step": step, "epoch": step / self._steps_per_epoch, "time": time.time(), **values}
         waiting = bool(self._unwritten)
         self._unwritten += json.dumps(line).encode() + b"\n"

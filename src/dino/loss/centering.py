@@ -98,8 +98,8 @@ class EMACentering(Centering):
         summed = sum_over_ranks(torch.cat([self._sum, count], dim=1))  # one message for both
         mean = (summed[:, :-1] / summed[:, -1:]).to(self.center.dtype)
         moved = self.center * self.momentum + mean * (1 - self.momentum)
-        if skipped is None:
-            skipped = torch.zeros((), dtype=torch.bool, device=moved.device)
+        unusable = ~mean.isfinite().all()  # a single infinite logit would stay in the center for good
+        skipped = unusable if skipped is None else skipped | unusable
         if isinstance(self.started, Tensor):
             moved = torch.where(self.started, moved, mean)
             self.started.logical_or_(~skipped)

@@ -43,6 +43,7 @@ class EarlyStopping:
     best: float | None = field(default=None, init=False)
     best_step: int | None = field(default=None, init=False)
     num_without_improvement: int = field(default=0, init=False)
+    available: list[str] = field(default_factory=list, init=False)  # the metrics of this run's evaluations
 
     def __post_init__(self) -> None:
         name = "monitor.early_stopping"
@@ -63,13 +64,12 @@ class EarlyStopping:
         Raises:
             ValueError: the metric asked for is not among them.
         """
-        available = available | {EPOCH_LOSS}
+        self.available = sorted(available | {EPOCH_LOSS})
         if self.metric is None:
-            self.metric = next(name for name in PREFERRED if name in available)
-        elif self.metric not in available:
-            raise ValueError(
-                f"monitor.early_stopping.metric={self.metric}: this run has {', '.join(sorted(available))}"
-            )
+            self.metric = next(name for name in PREFERRED if name in self.available)
+        elif self.metric not in self.available:
+            known = ", ".join(self.available)
+            raise ValueError(f"monitor.early_stopping.metric={self.metric}: this run has {known}")
 
     def update(self, step: int, metrics: dict[str, float]) -> bool:
         """Takes in the metrics of one evaluation; True if it is the best so far."""
@@ -91,8 +91,8 @@ class EarlyStopping:
     def reason(self) -> str:
         """In words, why the run ends early."""
         return (
-            f"early stopping: {self.metric} has not improved on {self.best} of step {self.best_step} "
-            f"for {self.num_without_improvement} evaluations"
+            f"early stopping: {self.metric} has not improved on {self.best:.5g} of step {self.best_step} "
+            f"in {self.num_without_improvement} evaluations"
         )
 
     def _improves(self, value: float) -> bool:
@@ -111,10 +111,17 @@ class EarlyStopping:
             "best": self.best,
             "best_step": self.best_step,
             "num_without_improvement": self.num_without_improvement,
+            "available": self.available,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on counting; with another metric than before it starts anew."""
+        """Goes on counting; with another metric than before it starts anew.
+
+        Raises:
+            ValueError: the metric asked for is not among those of the evaluations.
+        """
+        if state["available"]:  # else the evaluation of step 0 is still to come
+            self.choose(set(state["available"]))
         if self.metric not in (None, state["metric"]):
             log.info("early stopping follows %s now, in place of %s", self.metric, state["metric"])
             return

@@ -11,8 +11,8 @@ Buffers = Literal["own", "copy", "average"]
 class EMA:
     """Moves a teacher towards its student: teacher = momentum * teacher + (1 - momentum) * student.
 
-    Called after the optimizer step with the momentum of that step (main_dino.py, train_one_epoch). All tensors move in
-    a few fused calls.
+    Called after the optimizer step with the momentum of that step (main_dino.py, train_one_epoch). The host waits for
+    nothing.
 
     Args:
         buffers: what happens to buffers (running statistics of batch norm). `own`: they stay the teacher's, which sees

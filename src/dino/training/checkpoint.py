@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,16 +42,23 @@ class CheckpointStore:
 
     `save` copies the state and writes the copy in a thread of its own, one at a time. What goes wrong there is logged
     when it happens, and waits for `take_error`. Kept are the `keep` newest, the best one, and those saved to stay.
+
+    Raises:
+        ValueError: for a `directory` that is no folder, and for `keep` below 1.
     """
 
     directory: Path
     keep: int
+    saved_step: int | None = field(default=None, init=False)  # of the last one known to be whole on the disk
     _write: threading.Thread | None = field(default=None, init=False)
-    _error: SaveError | None = field(default=None, init=False)
+    # At most one; taking from a deque is atomic, and the writer may put one in at any moment.
+    _error: deque[SaveError] = field(default_factory=lambda: deque(maxlen=1), init=False)
 
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise ValueError(f"trainer.keep_checkpoints={self.keep}: keep at least 1")
+        if os.path.lexists(self.directory) and not self.directory.is_dir():
+            raise ValueError(f"run_dir={self.directory.parent}: {self.directory.name} is not a folder")
 
     def save(
         self,
@@ -58,10 +66,13 @@ class CheckpointStore:
         state: dict[str, Any],
         metrics: dict[str, float],
         *,
-        best: bool = False,
+        best_step: int | None = None,
         stays: bool = False,
     ) -> None:
         """Copies `state` to the host and returns; the write goes on. First waits for the write before, if any.
+
+        When the checkpoint is written, `best.pt` will name the one of `best_step`, this or an earlier one, where it is
+        on the disk: what a failed or killed save has left out is made up for by the next one.
 
         Raises:
             TypeError: if `state` holds anything but tensors and plain types, which `weights_only` loading would refuse.
@@ -71,12 +82,12 @@ class CheckpointStore:
         try:
             self._ask_for_space(step, sum(tensor.nbytes for tensor in _tensors(state)))
         except SaveError as error:
-            self.note(error)
+            self._note(error)
             return
         sidecar = {"step": step, "metrics": dict(metrics), "stays": stays, "saved": time.time()}
         # Not a daemon: the interpreter finishes the write before it exits.
         self._write = threading.Thread(
-            target=self._save, args=(step, _snapshot(state), sidecar, best), name=f"checkpoint of step {step}"
+            target=self._save, args=(step, _snapshot(state), sidecar, best_step), name=f"checkpoint of step {step}"
         )
         self._write.start()
 
@@ -88,20 +99,48 @@ class CheckpointStore:
 
     def take_error(self) -> SaveError | None:
         """The latest error that nobody has taken yet; never waits."""
-        error, self._error = self._error, None
-        return error
+        try:
+            return self._error.pop()
+        except IndexError:
+            return None
+
+    def fail(self, step: int, error: OSError) -> None:
+        """Notes a save that could not begin, as one that the disk refused."""
+        self._note(_failure(step, _what_and_where(error)))
 
     def newest_valid(self) -> Path | None:
-        """The newest checkpoint whose checksum holds; damaged ones are named and passed over."""
-        last = self.directory / "last.pt"
+        """The newest checkpoint whose checksum holds; newer, damaged ones are named. None where there is none at all.
+
+        Raises:
+            ValueError: where there are checkpoints, and all are damaged.
+        """
+        last, problems = self.directory / "last.pt", list[tuple[Path, str]]()
         if last.is_symlink() and not last.exists():
-            log.warning("checkpoint %s is gone; using the one before it", self.directory / last.readlink())
+            problems.append((self.directory / last.readlink(), "it is gone"))
         for path in checkpoint_files.files(self.directory):
             problem = find_problem(path)
             if problem is None:
+                for damaged, reason in problems:
+                    log.warning("checkpoint %s is damaged: %s; using the one before it", damaged, reason)
                 return path
-            log.warning("checkpoint %s is damaged: %s; using the one before it", path, problem)
+            problems.append((path, problem))
+        if problems:
+            raise ValueError(
+                f"run_dir={self.directory.parent}: none of its checkpoints is valid "
+                f"({'; '.join(f'{path.name}: {problem}' for path, problem in problems)}); "
+                f"give resume=PATH of a good one, or remove {self.directory} to start anew"
+            )
         return None
+
+    def best(self) -> Path | None:
+        """What `best.pt` names; None where it is missing, or names nothing."""
+        path = self.directory / "best.pt"
+        return path.resolve() if path.exists() else None
+
+    def point_best_to(self, best_step: int | None) -> None:
+        """`best.pt` names the checkpoint of that step, where it is on the disk; for the start of a run."""
+        if best_step is not None and (path := checkpoint_path(self.directory, best_step)).exists():
+            link("best.pt", path)
 
     def entries(self) -> list[Entry]:
         """All checkpoints, newest first, each verified."""
@@ -110,6 +149,10 @@ class CheckpointStore:
     def point_last_to_best(self) -> None:
         """From now on, until the next save, `last.pt` names what `best.pt` names."""
         link("last.pt", (self.directory / "best.pt").resolve())
+
+    def set_aside(self, after: int) -> list[Path]:
+        """Moves the checkpoints of later steps to `abandoned/`, whose names are returned; when nobody writes."""
+        return checkpoint_files.set_aside(self.directory, after)
 
     def tidy(self) -> None:
         """Removes what killed processes left behind; for the start of a run, when nobody writes."""
@@ -129,33 +172,45 @@ class CheckpointStore:
                 f"only {human_size(free)} are free at {self.directory}"
             )
 
-    def _save(self, step: int, state: dict[str, Any], sidecar: dict[str, Any], best: bool) -> None:
+    def _save(self, step: int, state: dict[str, Any], sidecar: dict[str, Any], best_step: int | None) -> None:
         path = checkpoint_path(self.directory, step)
         for wait in (*RETRY_WAITS_S, None):
             try:
-                _write_checkpoint(path, state, sidecar, best)
+                _write_checkpoint(path, state, sidecar)
+                self.point_best_to(best_step)
                 break
             except Exception as error:  # torch has its own for a failed write
                 cause = _os_error(error)
-                text = f"{type(error).__name__}: {error}" if cause is None else cause.strerror
+                text = f"{type(error).__name__}: {error} ({path})" if cause is None else _what_and_where(cause, path)
                 if cause is None or cause.errno not in TRANSIENT or wait is None:
-                    failure = SaveError(f"checkpoint of step {step} could not be written to {path}: {text}")
+                    failure = _failure(step, text)
                     failure.__cause__ = error
-                    self.note(failure)
+                    self._note(failure)
                     return
-                log.warning("checkpoint of step %d: %s at %s; trying again in %g s", step, text, path, wait)
+                log.warning("checkpoint of step %d: %s; trying again in %g s", step, text, wait)
                 time.sleep(wait)
+        self.saved_step = step
         try:
             checkpoint_files.prune(path, self.keep)
         except OSError as error:
-            log.warning("older checkpoints in %s could not be removed: %s", self.directory, error.strerror)
+            log.warning("older checkpoints could not be removed: %s", _what_and_where(error, self.directory))
 
-    def note(self, error: SaveError) -> None:
+    def _note(self, error: SaveError) -> None:
         log.error("%s", error)
-        self._error = error
+        self._error.append(error)
 
 
-def _write_checkpoint(path: Path, state: dict[str, Any], sidecar: dict[str, Any], best: bool) -> None:
+def _failure(step: int, text: str) -> SaveError:
+    return SaveError(f"checkpoint of step {step} could not be written: {text}")
+
+
+def _what_and_where(error: OSError, path: Path | None = None) -> str:
+    """The words of the system and the file they are about: the one a rename aims at, `path` where none is named."""
+    where = error.filename2 or error.filename or path
+    return f"{error.strerror or error} ({where})" if where else error.strerror or str(error)
+
+
+def _write_checkpoint(path: Path, state: dict[str, Any], sidecar: dict[str, Any]) -> None:
     """A temporary name, flushed to the disk, then renamed: whenever it stops, nothing that was valid is harmed."""
     temporary = path.with_suffix(".pt.tmp")
     try:
@@ -169,8 +224,6 @@ def _write_checkpoint(path: Path, state: dict[str, Any], sidecar: dict[str, Any]
         write_sidecar(path, sidecar | {"sha256": file.sha256.hexdigest(), "bytes": file.num_bytes})
         move(temporary, path)
         link("last.pt", path)
-        if best:
-            link("best.pt", path)
     finally:
         for left in (temporary, path.with_suffix(".json.tmp")):
             with contextlib.suppress(OSError):

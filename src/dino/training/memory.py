@@ -20,9 +20,18 @@ def advice_when_out_of_memory(options: TrainerOptions, batch_size: int) -> Itera
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(_advice(error, options, batch_size)) from error
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise RuntimeError(_of_a_worker(error)) from error
         if "can't allocate memory" not in str(error):  # how torch's CPU allocator puts it
             raise
         raise OutOfMemoryError(_advice(error, options, batch_size)) from error
+
+
+def _of_a_worker(error: RuntimeError) -> str:
+    return (
+        f"{str(error).splitlines()[0]} If the system killed it, memory was short: turn down dataset.num_workers or "
+        "dataset.batch_size; the same command goes on from the newest checkpoint"
+    )
 
 
 def _advice(error: BaseException, options: TrainerOptions, batch_size: int) -> str:

@@ -94,12 +94,15 @@ class NonFiniteWatch:
         self.num_skipped = state["num_skipped"]
 
     def _explain(self, pending: _Pending, train_step: TrainStep) -> Path:
-        self.directory.mkdir(parents=True, exist_ok=True)
         rank = f"_rank{self.rank}" if self.rank else ""
         path = self.directory / f"step_{pending.step:08d}{rank}.json"
         gradients = pending.arrived is None  # on a GPU the next step has taken their place
         diagnosis = diagnose(pending.step, pending.window, pending.output, train_step, gradients=gradients)
-        path.write_text(json.dumps(diagnosis, indent=1) + "\n")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(diagnosis, indent=1) + "\n")
+        except OSError as error:
+            log.warning("the explanation of step %d cannot be written: %s", pending.step, error)
         return path
 
 

@@ -1,7 +1,7 @@
 """Where a run starts from."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,20 @@ log = logging.getLogger("dino")
 
 
 def resume_or_start(trainer: Trainer, config: DictConfig) -> None:
-    """Puts the trainer where the run starts; the places are tried in this order.
+    """Puts the trainer where the run starts.
 
-    1. `resume=PATH`: that checkpoint, of any run.
-    2. `resume=auto`: the newest valid checkpoint in the run directory.
-    3. Otherwise step 0, from `backbone.weights` where given (loaded when the backbone was built).
+    - `resume=auto`: the newest valid checkpoint in the run directory; where there is none, step 0, from
+      `backbone.weights` where given (loaded when the backbone was built).
+    - `resume=PATH`: that checkpoint. The same command given again (by hand, or by a scheduler) goes on from the newest
+      checkpoint that has come of it. A PATH in the run directory itself goes back: newer checkpoints are set aside.
+    - `resume=never`: step 0.
 
     Raises:
-        ValueError: for `resume=never` in a run directory that has checkpoints, and for a checkpoint that was made with
-            other settings that change results, unless `resume_changes` names them.
+        ValueError: for `resume=never` or a PATH from elsewhere in a run directory that has checkpoints of its own, for
+            checkpoints none of which is valid, and for one that was made with other settings that change results,
+            unless `resume_changes` names them.
     """
-    newest = ranks.from_main(trainer.checkpoints.newest_valid() if ranks.rank() == 0 else None)
+    newest = _newest(trainer, needed=config.resume in ("auto", "never"))
     if config.resume == "never":
         if newest is not None:
             raise ValueError(
@@ -37,18 +40,57 @@ def resume_or_start(trainer: Trainer, config: DictConfig) -> None:
                 "use resume=auto to continue it, or another run_dir"
             )
         return
-    path = newest if config.resume == "auto" else Path(config.resume)
+    path = newest if config.resume == "auto" else _path_or_what_came_of_it(trainer, Path(config.resume), newest)
     if path is None:
         return
     state = checkpoint.load(path)
-    _refuse_changes(path, state["settings"], trainer.settings, config)
-    _fit_to_batch(trainer, state, path)
+    _refuse_changes(trainer, path, state, config)
+    _fit_to_batch(trainer, state)
     restore(trainer, state)
+    if config.resume == "auto" or path == newest:
+        trainer.origin = state["origin"]
+    else:
+        trainer.origin = str(path.resolve())
+    if path.resolve().parent == trainer.checkpoints.directory.resolve():
+        trainer.checkpoints.saved_step = trainer.step
     log.info("resume      %s, step %d", path, trainer.step)
+    if trainer.finished:
+        log.info("note        nothing is left to train: the run has %d steps", trainer.total_steps)
 
 
-def _refuse_changes(path: Path, old: dict[str, Any], new: dict[str, Any], config: DictConfig) -> None:
+def _newest(trainer: Trainer, *, needed: bool) -> Path | None:
+    """What rank 0 finds, on every rank; where all are damaged, that is an error only if one is `needed`."""
+    found: Path | ValueError | None = None
+    if ranks.rank() == 0:
+        try:
+            found = trainer.checkpoints.newest_valid()
+        except ValueError as error:
+            found = error
+    found = ranks.from_main(found)
+    if isinstance(found, ValueError):
+        if needed:
+            raise found
+        return None
+    return found
+
+
+def _path_or_what_came_of_it(trainer: Trainer, path: Path, newest: Path | None) -> Path:
+    if newest is None or newest.samefile(path):
+        return path
+    if checkpoint.load(newest)["origin"] == str(path.resolve()):
+        log.info("note        resume=%s is where this run began; it goes on from its newest checkpoint", path)
+        return newest
+    if path.resolve().parent != trainer.checkpoints.directory.resolve():
+        raise ValueError(
+            f"resume={path}: {trainer.run.directory} has checkpoints of its own, which did not come of it "
+            f"({newest.name}); use another run_dir, or resume=auto"
+        )
+    return path
+
+
+def _refuse_changes(trainer: Trainer, path: Path, state: Mapping[str, Any], config: DictConfig) -> None:
     """What differs must have been asked for: by its own name, or by that of a key or group that it follows from."""
+    old, new = state["settings"], trainer.settings
     asked = list(config.resume_changes)
     known = {*old, *new} | {key.rpartition(".")[0] for key in (*old, *new)}
     for name in asked:
@@ -56,11 +98,15 @@ def _refuse_changes(path: Path, old: dict[str, Any], new: dict[str, Any], config
             raise ValueError(f"resume_changes: {name} is no setting that changes results{did_you_mean(name, known)}")
     changed = {line.partition(":")[0]: line for line in differences(old, new)}
     refused = {key: line for key, line in changed.items() if not _follows(key, asked, config)}
-    if refused:
-        causes = [key for key in refused if not _follows(key, [other for other in refused if other != key], config)]
+    needs_directory = _steps_differ(trainer, state) and (trainer.run.directory / "metrics.jsonl").exists()
+    if refused or needs_directory:
+        causes = [key for key in changed if not _follows(key, [other for other in changed if other != key], config)]
+        advice = f"resume_changes=[{','.join(causes)}]"
+        if needs_directory:
+            advice += f" and, since the files here count steps of other images, another run_dir with resume={path}"
         raise ValueError(
-            f"resume={path}: the checkpoint was made with other settings: {'; '.join(refused.values())}; "
-            f"use those, or change them on purpose with resume_changes=[{','.join(causes)}]"
+            f"resume={path}: the checkpoint was made with other settings: {'; '.join(changed.values())}; "
+            f"use those, or change them on purpose with {advice}"
         )
     for line in changed.values():
         log.warning("changed     %s", line)
@@ -79,21 +125,17 @@ def _follows(key: str, causes: Iterable[str], config: DictConfig) -> bool:
     return False
 
 
-def _fit_to_batch(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
-    """With other images a step, a step means something else: the position in the data is kept, and steps count anew.
+def _steps_differ(trainer: Trainer, state: Mapping[str, Any]) -> bool:
+    """Whether a step is one of other images than before, so that its number means something else."""
+    before = (state["images_per_step"], state["steps_per_epoch"])
+    return before != (trainer.images_per_step, trainer.steps_per_epoch)
 
-    Raises:
-        ValueError: in the directory of the run itself, whose files count the old steps.
-    """
-    before, after = state["images_per_step"], trainer.images_per_step
-    if (before, state["steps_per_epoch"]) == (after, trainer.steps_per_epoch):
+
+def _fit_to_batch(trainer: Trainer, state: dict[str, Any]) -> None:
+    """With other images a step, the position in the data is kept, and steps count anew."""
+    if not _steps_differ(trainer, state):
         return
-    if (trainer.run.directory / "metrics.jsonl").exists():
-        raise ValueError(
-            f"run_dir={trainer.run.directory}: its files count steps of {before} images, {state['steps_per_epoch']} an "
-            f"epoch, now there would be {after} images and {trainer.steps_per_epoch} steps; give another run_dir with "
-            f"resume={path}"
-        )
+    before, after = state["images_per_step"], trainer.images_per_step
     epoch, position = divmod(state["step"], state["steps_per_epoch"])
     step = epoch * trainer.steps_per_epoch + min(position * before // after, trainer.steps_per_epoch - 1)
     log.warning("changed     step %d of %d images is step %d of %d images", state["step"], before, step, after)

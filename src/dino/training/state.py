@@ -31,6 +31,7 @@ def state_of(trainer: "Trainer") -> dict[str, Any]:
         "train_time_s": trainer.clock.seconds,
         "steps_per_epoch": trainer.steps_per_epoch,
         "images_per_step": trainer.images_per_step,
+        "origin": trainer.origin,
         "settings": trainer.settings,
         "provenance": trainer.run.provenance,
     }

@@ -17,6 +17,7 @@ from dino.augmentation import ViewBatch
 from dino.loss import DINOLoss, LossTerms
 from dino.model import StudentTeacher
 from dino.optimizer import EMA, ClipMode, cancel_last_layer_gradients, clip_gradients
+from dino.ranks import max_over_ranks
 from dino.runtime import Precision
 from dino.schedule import Schedule
 
@@ -105,14 +106,14 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         grad_norm, grad_norms = clip_gradients(student.parameters(), self.clip_norm, self.clip_mode)
         skipped = ~torch.isfinite(grad_norm)
-        broken = skipped & (self.scaler.scale(torch.ones_like(grad_norm)) <= 1)
+        loss = torch.stack(losses).mean()
+        broken = skipped & self._scale_is_not_to_blame(loss)
         if step < self.freeze_last_layer_steps:
             cancel_last_layer_gradients(student)
         self._step_optimizer(skipped)
         self._restore_buffers(buffers, skipped)
         self.ema.update(student, teacher, scheduled["teacher_momentum"], skipped)
         self.loss.update(progress=step / self.total_steps, skipped=skipped)
-        loss = torch.stack(losses).mean()
         return StepOutput(student_logits.detach(), terms, loss, grad_norm, grad_norms, skipped, broken, scheduled)
 
     def _forward(self, views: ViewBatch, teacher_temp: float) -> tuple[Tensor, LossTerms]:
@@ -149,6 +150,13 @@ class TrainStep:
             del optimizer.grad_scale, optimizer.found_inf
         elif not skipped:
             optimizer.step()
+
+    def _scale_is_not_to_blame(self, loss: Tensor) -> Tensor:
+        """0-d, bool: false where an infinite gradient only means that the scale of fp16 is still too large."""
+        if not self.scaler.is_enabled():
+            return torch.ones_like(loss, dtype=torch.bool)
+        lost = max_over_ranks((~torch.isfinite(loss)).float()).bool()
+        return lost | (self.scaler.scale(torch.ones_like(loss)) <= 1)
 
     def _restore_buffers(self, before: Sequence[Tensor], skipped: Tensor) -> None:
         """Batch norm has taken in a bad batch when its loss is known."""

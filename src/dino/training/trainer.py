@@ -21,7 +21,7 @@ from dino.monitor import EPOCH_LOSS, Monitor
 from dino.run import Run
 from dino.runtime import peak_memory_gib
 from dino.training import checkpoint
-from dino.training.checkpoint import CheckpointStore, SaveError
+from dino.training.checkpoint import CheckpointStore
 from dino.training.clock import TrainingClock
 from dino.training.memory import advice_when_out_of_memory
 from dino.training.non_finite import NonFiniteWatch
@@ -57,7 +57,8 @@ class Trainer:
     steps_per_epoch: int
     step: int = 0
     evaluated_step: int | None = None  # the last step whose evaluation is complete
-    latest: dict[str, float] = field(default_factory=dict)  # last value of every metric
+    latest: dict[str, float] = field(default_factory=dict)  # what is known of this step, for the list of checkpoints
+    origin: str | None = None  # the `resume=PATH` that this run began with
 
     def __post_init__(self) -> None:
         self.device = self.train_step.precision.device
@@ -124,9 +125,11 @@ class Trainer:
         self.epoch_loss += torch.stack([loss.to(self.epoch_loss), good.to(self.epoch_loss)])
         for logger in self.loggers:
             logger.advance(self.step)
+        # Before the statistics: on a GPU this tells of the step before, whose line stands already.
+        self._report_broken(self.non_finite.watch(self.step, window, output, self.train_step))
+        self.latest = {name: value for name, value in self.latest.items() if name.startswith("train/")}
         if self.monitor.statistics.due(self.step - 1) or self.step == self.total_steps:
             self._log_statistics(output)
-        self._report_broken(self.non_finite.watch(self.step, window, output, self.train_step))
 
     def _between_steps(self) -> None:
         """Evaluates and saves where due, and gives way to a signal: also in the middle of an evaluation."""
@@ -137,13 +140,16 @@ class Trainer:
                     self._evaluate()
                 if self._save_is_due():
                     self.save()
-        except preemption.Preempted:
+        except preemption.Preempted as stop:
             if self._changed:
                 self.save()
             self.checkpoints.wait()
-            raise
-        finally:
+            ranks.wait_for_all()  # some launchers end all tasks when the first one has ended
             error = self.checkpoints.take_error()
+            if error is not None:
+                raise preemption.Preempted(f"{stop}; {error}") from None
+            raise
+        error = self.checkpoints.take_error()
         if error is not None and self.options.on_save_error == "stop":
             raise error
 
@@ -152,6 +158,9 @@ class Trainer:
     def _start(self) -> None:
         if ranks.rank() == 0:
             self.checkpoints.tidy()
+            for path in self.checkpoints.set_aside(after=self.step):
+                log.warning("set aside   %s: newer than where the run goes on, or damaged", path)
+            self.checkpoints.point_best_to(self.early_stopping.best_step)
         self._last_logged_step = self.step
         context = RunContext(self.run.directory, self.step, self.total_steps, self.steps_per_epoch)
         for logger in self.loggers:
@@ -181,13 +190,15 @@ class Trainer:
                 logger.event(step, "skipped_step", "the loss or a gradient was not finite; nothing was updated")
 
     def _finish(self) -> None:
-        """The last state is on the disk, or the run has failed."""
+        """The last state is on the disk, or the run has failed: on all ranks."""
         self._report_broken(self.non_finite.settle(self.train_step))
-        if self._changed:
-            self.save()
         self.checkpoints.wait()
-        error = self.checkpoints.take_error()
-        if error is not None:
+        missing = ranks.from_main(self.checkpoints.saved_step != self.step)
+        if missing or self._changed:
+            self.save()
+            self.checkpoints.wait()
+        error = ranks.from_main(self.checkpoints.take_error())
+        if error is not None and self.checkpoints.saved_step != self.step:
             raise error
         if self.early_stopping.exhausted:
             log.info("stopped     %s", self.early_stopping.reason)
@@ -197,10 +208,13 @@ class Trainer:
 
     def _restore_best(self) -> None:
         """The networks of the best evaluation take the place of the last ones; the newest checkpoint stays as it is."""
-        best = self.checkpoints.directory / "best.pt"
-        if self.early_stopping.best_step is None or not best.exists():
+        path = ranks.from_main(self.checkpoints.best() if ranks.rank() == 0 else None)
+        if path is None or self.early_stopping.best_step is None:
             return
-        state = checkpoint.load(best)
+        state = checkpoint.load(path)
+        if state["step"] != self.early_stopping.best_step:
+            log.warning("the best, step %d, could not be saved", self.early_stopping.best_step)
+            return
         self.train_step.model.load_state_dict(state["model"])
         self.train_step.loss.load_state_dict(state["loss"])
         if ranks.rank() == 0:
@@ -222,6 +236,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Runs the evaluators that are due, and closes the books on the epoch."""
+        self._report_broken(self.non_finite.settle(self.train_step))
         started = time.perf_counter()
         epoch, finished = self.step // self.steps_per_epoch, self.step == self.total_steps
         inputs = EvaluationInputs(
@@ -273,16 +288,20 @@ class Trainer:
         """Hands a copy of the state to the writer; its errors show in `checkpoints.take_error()`."""
         self._report_broken(self.non_finite.settle(self.train_step))
         self.loader.share_bad_images()
-        try:
-            state = state_of(self)
-        except OSError as error:  # of a logger that cannot put its lines on the disk
-            self.checkpoints.note(
-                SaveError(f"checkpoint of step {self.step} is not written before metrics.jsonl: {error}")
-            )
-            return
+        state = state_of(self)
         if ranks.rank() == 0:
-            epoch, position = divmod(self.step, self.steps_per_epoch)
-            every = self.options.keep_every_epochs
-            stays = every is not None and position == 0 and epoch % every == 0
-            self.checkpoints.save(self.step, state, self.latest, best=self._best_is_new, stays=stays)
+            self._write(state)
         self._changed = self._best_is_new = False
+
+    def _write(self, state: dict[str, Any]) -> None:
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        every = self.options.keep_every_epochs
+        stays = every is not None and position == 0 and epoch % every == 0
+        try:
+            for logger in self.loggers:
+                logger.flush()
+        except OSError as error:
+            self.checkpoints.fail(self.step, error)
+            return
+        best_step = self.early_stopping.best_step
+        self.checkpoints.save(self.step, state, self.latest, best_step=best_step, stays=stays)

@@ -1,0 +1,7 @@
+"""The exit codes of a run; the README lists them."""
+
+EXIT_FAILED = 1
+EXIT_BAD_CONFIGURATION = 2
+EXIT_NON_FINITE = 3
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: try again
+EXIT_INTERRUPTED = 130
