@@ -193,12 +193,12 @@ class Trainer:
         """The last state is on the disk, or the run has failed: on all ranks."""
         self._report_broken(self.non_finite.settle(self.train_step))
         self.checkpoints.wait()
-        missing = ranks.from_main(self.checkpoints.saved_step != self.step)
-        if missing or self._changed:
+        if self._changed or ranks.from_main(self.checkpoints.saved_step != self.step):
             self.save()
             self.checkpoints.wait()
-        error = ranks.from_main(self.checkpoints.take_error())
-        if error is not None and self.checkpoints.saved_step != self.step:
+        error, saved = self.checkpoints.take_error(), self.checkpoints.saved_step == self.step
+        error = ranks.from_main(None if saved else error)
+        if error is not None:
             raise error
         if self.early_stopping.exhausted:
             log.info("stopped     %s", self.early_stopping.reason)
