@@ -17,7 +17,7 @@ def test_the_tasks_of_a_step_are_the_ranks_of_a_run(slurm: dict[str, str], tmp_p
     for folder in (parts, whole):
         folder.mkdir()
     process = spawn([*SRUN, *command(*RUN)], cwd=parts, environment=slurm)
-    wait_until(lambda: (parts / "run/checkpoints/step_00000006.pt").exists(), process)
+    wait_until(lambda: (parts / "run/checkpoints/step_00000004.pt").exists(), process)
     # srun hands this one on to its tasks, as Slurm does ahead of a time limit (--signal=USR1@60).
     process.send_signal(signal.SIGUSR1)
     preempted = finish(process, timeout=60)
