@@ -1,6 +1,8 @@
 """How bad input is put into words: one sentence a problem, with the key, the value, and what would be right."""
 
 import difflib
+import re
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -24,6 +26,12 @@ def show(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{','.join(show(item) for item in value)}]"
     return str(value)
+
+
+def as_override(key: str, value: object) -> str:
+    """`key=value` as one would type it in a shell: odd paths are quoted, for the shell and for Hydra."""
+    text = str(value)
+    return f"{key}={text}" if re.fullmatch(r"[\w./+-]+", text, re.ASCII) else shlex.quote(f'{key}="{text}"')
 
 
 def nearest_first(word: str, options: Iterable[str]) -> list[str]:

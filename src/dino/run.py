@@ -67,7 +67,20 @@ class Run:
         return self
 
     def begin(self, step: int = 0) -> None:
-        """The run is on: opens `train.log` and writes `status.json`."""
+        """The run is on: opens `train.log` and writes `status.json`; the other ranks once rank 0 has the directory.
+
+        Raises:
+            ValueError: another process trains in the directory.
+        """
+        from dino.ranks import wait_for_all  # it needs torch
+
+        if self.processes.is_main:
+            self._open(step)
+        wait_for_all()
+        if not self.processes.is_main:
+            self._open(step)
+
+    def _open(self, step: int = 0) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock()
         earlier = read_status(self.directory)
@@ -148,20 +161,20 @@ class Run:
                 self._locked.close()
 
     def _preempted(self, error: Preempted) -> None:
-        if self._file is None:  # still starting up: the step is that of the attempt before
-            self.begin(step=read_status(self.directory).get("step", 0))
+        if self._file is None and self.processes.is_main:  # starting up: the step is that of the attempt before
+            self._open(step=read_status(self.directory).get("step", 0))
         self.update(state="preempted", reason=str(error), exit_code=EXIT_PREEMPTED)
         log.info(
-            "preempted   %s at step %d; the same command with run_dir=%s goes on from the newest checkpoint",
-            error,
+            "preempted   at step %d: %s; started again in %s, the run goes on from its newest checkpoint",
             self.status["step"],
+            error,
             self.directory,
         )
         preemption.hand_on()
 
     def _fail(self, error: BaseException) -> None:
         if self._file is None and self.processes.is_main:
-            self.begin()
+            self._open()
         # A ValueError is a sentence for the user.
         named = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else named
@@ -175,7 +188,9 @@ class Run:
             with contextlib.suppress(OSError), (self.directory / "train.log").open("a") as file:
                 file.write("".join(traceback.format_exception(error)))
         log.error("%s (full traceback in %s)", reason, self.directory / "train.log")
-        if self.processes.several:  # rank 0 may be waiting for this one, and print nothing of it
+        if self._file is None:
+            print(f"[rank {self.processes.rank}] {reason}", file=sys.stderr)  # before the run began, rank 0 says more
+        elif self.processes.several:  # rank 0 may be waiting for this one, and print nothing of it
             print(f"[rank {self.processes.rank}]", *traceback.format_exception(error), sep="\n", file=sys.stderr)
 
     def _remove_unused_directory(self) -> None:

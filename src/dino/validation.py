@@ -225,7 +225,8 @@ def _paths(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"dataset.root={root}: there is no such file or folder; give dataset.root=PATH{fetch}"
     resume = values.get("resume", "auto")
     if resume not in ("auto", "never") and not Path(resume).is_file():
-        yield f"resume={resume}: there is no such checkpoint; use auto, never or the path of a checkpoint"
+        what = "a directory, not a checkpoint" if Path(resume).is_dir() else "there is no such checkpoint"
+        yield f"resume={resume}: {what}; use auto, never or the path of a checkpoint, such as checkpoints/last.pt"
     weights = values.get("backbone.weights")
     if weights is not None and not Path(weights).expanduser().exists():
         yield f"backbone.weights={weights}: there is no such file"

@@ -64,7 +64,7 @@ class EarlyStopping:
         Raises:
             ValueError: the metric asked for is not among them.
         """
-        self.available = sorted(available | {EPOCH_LOSS})
+        self.available = sorted({name for name in available if not name.startswith("perf/")} | {EPOCH_LOSS})
         if self.metric is None:
             self.metric = next(name for name in PREFERRED if name in self.available)
         elif self.metric not in self.available:

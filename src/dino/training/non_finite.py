@@ -180,5 +180,5 @@ def _figures(tensor: Tensor) -> dict[str, Any]:
 
 
 def _plain(value: Tensor) -> float | str:
-    number = float(value)
+    number = float(value.detach())
     return number if math.isfinite(number) else str(number)

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 from dino.logger.json_lines import read_lines
+from dino.messages import as_override
 from dino.monitor import higher_is_better
 from dino.run import write_json
 from dino.training.trainer import Trainer
@@ -48,7 +49,8 @@ def _summary_of(name: str, lines: list[dict[str, float]]) -> dict[str, float]:
     summary = {"final": values[-1], "mean": sum(values) / len(values), "min": min(values), "max": max(values)}
     better = higher_is_better(name)
     if better is not None:
-        best, step = (max if better else min)(points, key=lambda point: point[0])  # the first of equal ones
+        trained = [point for point in points if point[1] > 0] or points  # step 0 is the untrained network
+        best, step = (max if better else min)(trained, key=lambda point: point[0])  # the first of equal ones
         summary |= {"best": best, "best_step": step}
     return summary
 
@@ -70,7 +72,7 @@ def closing_words(trainer: Trainer, summary: dict[str, Any], lines: list[dict[st
     return [
         *words,
         f"files       {', '.join([f'{run_dir}: metrics.jsonl', 'training_summary.json', *names])}",
-        f"continue    python train.py <same overrides> run_dir={run_dir} resume=auto",
+        f"continue    python train.py <same overrides> {as_override('run_dir', run_dir)} resume=auto",
     ]
 
 

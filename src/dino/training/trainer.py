@@ -147,7 +147,9 @@ class Trainer:
             ranks.wait_for_all()  # some launchers end all tasks when the first one has ended
             error = self.checkpoints.take_error()
             if error is not None:
-                raise preemption.Preempted(f"{stop}; {error}") from None
+                newest = self.checkpoints.saved_step
+                left = "there is none before it" if newest is None else f"the newest is that of step {newest}"
+                raise preemption.Preempted(f"{stop}, but the {error}; {left}") from None
             raise
         error = self.checkpoints.take_error()
         if error is not None and self.options.on_save_error == "stop":
