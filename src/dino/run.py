@@ -189,7 +189,7 @@ class Run:
                 file.write("".join(traceback.format_exception(error)))
         log.error("%s (full traceback in %s)", reason, self.directory / "train.log")
         if self._file is None:
-            print(f"[rank {self.processes.rank}] {reason}", file=sys.stderr)  # before the run began, rank 0 says more
+            print(reason, file=sys.stderr)  # before the run has begun, rank 0 says more
         elif self.processes.several:  # rank 0 may be waiting for this one, and print nothing of it
             print(f"[rank {self.processes.rank}]", *traceback.format_exception(error), sep="\n", file=sys.stderr)
 
