@@ -38,28 +38,25 @@ class InfiniteLoss(DINOLoss):
 
 
 class DyingRank(DINOLoss):
-    """The DINO loss; at the fourth micro-batch rank 1 ends: by an exception, or `killed`."""
+    """The DINO loss; at the fourth micro-batch rank 1 ends, by an exception."""
 
-    def __init__(
-        self,
-        centering: Centering,
-        killed: bool,
-        student_temp: float,
-        weighting: WeightingName,
-        local_weight: float,
-        koleo_weight: float,
-    ) -> None:
-        super().__init__(centering, student_temp, weighting, local_weight, koleo_weight)
-        self.killed = killed
-        self.count = 0
+    count = 0
 
     def forward(self, *args: Any, **options: Any) -> LossTerms:
         self.count += 1
         if self.count == 4 and os.environ["RANK"] == "1":
-            if self.killed:
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise RuntimeError("this rank has had enough")
+            self.die()
         return super().forward(*args, **options)
+
+    def die(self) -> None:
+        raise RuntimeError("this rank has had enough")
+
+
+class KilledRank(DyingRank):
+    """The same, by SIGKILL."""
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class HungryLoss(DINOLoss):

@@ -57,8 +57,11 @@ GRACE_S = 30  # how long a cluster waits between the signal and SIGKILL
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    result = train(*EVENTFUL, cwd=folder)
+    return finished_run(tmp_path_factory.mktemp("undisturbed"), EVENTFUL)
+
+
+def finished_run(folder: Path, overrides: list[str]) -> Path:
+    result = train(*overrides, cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder / "run"
 
@@ -265,10 +268,7 @@ PHASE_RUN = [
 
 @pytest.fixture(scope="module")
 def undisturbed_phases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("phases")
-    result = train(*PHASE_RUN, cwd=folder)
-    assert result.returncode == 0, result.stderr
-    return folder / "run"
+    return finished_run(tmp_path_factory.mktemp("phases"), PHASE_RUN)
 
 
 def phase_cases() -> Iterator[Any]:
@@ -593,7 +593,7 @@ def test_two_ranks_are_one_run_and_a_signal_to_one_stops_both_at_the_same_step(t
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_rank_that_dies_takes_the_other_down_and_is_named(tmp_path: Path, killed: bool) -> None:
-    dying = ("loss._target_=injected.DyingRank", f"+loss.killed={str(killed).lower()}", "allowed_targets=[injected]")
+    dying = (f"loss._target_=injected.{'KilledRank' if killed else 'DyingRank'}", "allowed_targets=[injected]")
     processes = start_ranks(2, *RANKS_RUN, *dying, cwd=tmp_path)
     results = [finish(process, timeout=60) for process in processes]
     assert results[0].returncode == 1, results[0]

@@ -72,7 +72,7 @@ def test_what_changes_after_save_does_not_change_the_file(tmp_path: Path) -> Non
     loaded = checkpoint.load(tmp_path / "last.pt")
     assert torch.equal(loaded["weights"], torch.ones(4 * MIB))
     assert loaded["nested"][0]["betas"] == (0.9, 0.999)
-    assert store.entries()[0].metrics == {"train/loss": 1.0}
+    assert checkpoint_files.entries(store.directory)[0].metrics == {"train/loss": 1.0}
 
 
 @pytest.mark.gpu
@@ -108,7 +108,7 @@ def test_save_returns_while_the_write_goes_on_and_never_two_are_in_flight(
         assert checkpoint.load(tmp_path / f"step_{step - 1:08d}.pt")["step"] == step - 1  # the one before is whole
     store.wait()
     assert most == [1]
-    assert [entry.step for entry in store.entries() if entry.valid] == [4, 3, 2, 1]
+    assert [entry.step for entry in checkpoint_files.entries(store.directory) if entry.valid] == [4, 3, 2, 1]
 
 
 def test_foreign_types_are_refused_at_save_and_leave_no_file(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_only_the_newest_stay_and_the_best_is_never_pruned(tmp_path: Path) -> No
     assert names(tmp_path) == {f"{name}.{end}" for name in kept for end in ("pt", "json")} | {"last.pt", "best.pt"}
     assert checkpoint.load(tmp_path / "best.pt")["step"] == 2
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 7
-    assert {entry.step for entry in store.entries() if entry.stays} == {3}
+    assert {entry.step for entry in checkpoint_files.entries(store.directory) if entry.stays} == {3}
 
 
 def test_last_can_be_pointed_to_the_best_until_the_next_save(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_later_checkpoints_are_set_aside_whole_and_never_overwrite_each_other(tm
     assert names(tmp_path) == {"step_00000010.pt", "step_00000010.json", "last.pt", "abandoned"}
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 10
     assert store.newest_valid() == tmp_path / "step_00000010.pt"
-    assert [entry.step for entry in store.entries()] == [10]
+    assert [entry.step for entry in checkpoint_files.entries(store.directory)] == [10]
 
     for number in (1, 2):
         store.save(20, state(20 + number), {})
@@ -254,7 +254,7 @@ def test_a_truncated_file_does_not_push_out_a_good_one(tmp_path: Path) -> None:
     save(store, 1)
     os.truncate(save(store, 2), 100)
     save(store, 3)
-    assert [entry.step for entry in store.entries() if entry.valid] == [3, 1]
+    assert [entry.step for entry in checkpoint_files.entries(store.directory) if entry.valid] == [3, 1]
 
 
 def test_what_was_just_written_is_kept_beside_newer_files_whose_damage_is_not_known(tmp_path: Path) -> None:
@@ -676,7 +676,7 @@ def test_entries_tell_everything_about_every_checkpoint(tmp_path: Path) -> None:
     save(store, 1, stays=True)
     save(store, 2, best_step=2)
     os.truncate(save(store, 3), 10)
-    newest, middle, oldest = store.entries()
+    newest, middle, oldest = checkpoint_files.entries(store.directory)
     assert [(entry.last, entry.best, entry.stays) for entry in (newest, middle, oldest)] == [
         (True, False, False),
         (False, True, False),

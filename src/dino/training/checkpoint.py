@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dino import checkpoint_files
-from dino.checkpoint_files import Entry, checkpoint_path, find_problem, human_size, link, move, write_sidecar
+from dino.checkpoint_files import checkpoint_path, find_problem, human_size, link, move, write_sidecar
 
 log = logging.getLogger("dino")
 
@@ -141,10 +141,6 @@ class CheckpointStore:
         """`best.pt` names the checkpoint of that step, where it is on the disk; for the start of a run."""
         if best_step is not None and (path := checkpoint_path(self.directory, best_step)).exists():
             link("best.pt", path)
-
-    def entries(self) -> list[Entry]:
-        """All checkpoints, newest first, each verified."""
-        return checkpoint_files.entries(self.directory)
 
     def point_last_to_best(self) -> None:
         """From now on, until the next save, `last.pt` names what `best.pt` names."""
