@@ -55,6 +55,8 @@ UNRELATED_TO_RESULTS = (
     "monitor.early_stopping*",
     "evaluation.*.every_epochs",
     "logger.*",
+    "cluster.*",
+    "sweep.*",
 )
 
 _RUN_ID = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(3)}"

@@ -24,13 +24,16 @@ from omegaconf import DictConfig
 from dino import preemption
 from dino.config import CONF, ROOT, compose, raw_settings
 from dino.exits import EXIT_BAD_CONFIGURATION, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED
+from dino.frozen import load_frozen
 from dino.messages import ConfigError, did_you_mean, report
-from dino.overrides import parsed
+from dino.overrides import options_of, parsed
 from dino.presets import fit_presets, leaves
 from dino.processes import Processes
 from dino.validation import checked
 
 Task = Callable[[DictConfig], None]
+
+failed_points: list[str] = []  # of a multirun in this process, a line each
 
 STOPS_A_SWEEP = (EXIT_INTERRUPTED, EXIT_PREEMPTED)  # after these it does not go on to its next point
 
@@ -57,18 +60,28 @@ def main(task: Task) -> Callable[[], None]:
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         if "TORCHELASTIC_RUN_ID" in os.environ:
             preemption.follow_parent()
+        if "--frozen" in sys.argv[1:]:
+            _start_frozen(processes)
+            return
+        _choose_cluster()
         if processes.is_main:
             arguments = _checked_arguments(processes)
         else:
             with contextlib.redirect_stderr(io.StringIO()):  # rank 0 says the same
                 arguments = _checked_arguments(processes)
             sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]  # rank 0 says which directory it is
-        failures: list[str] = []
-        guarded = _guarded(task, failures, is_sweep=arguments.multirun)
+        guarded = _guarded(task, is_sweep=arguments.multirun)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=ROOT)(guarded)()
-        if failures:
-            print("\n".join([f"{len(failures)} of the points failed:", *failures]), file=sys.stderr)
+        if failed_points:
+            print("\n".join([f"{len(failed_points)} of the points failed:", *failed_points]), file=sys.stderr)
             raise SystemExit(EXIT_FAILED)
+
+    def _start_frozen(processes: Processes) -> None:
+        said_once = contextlib.nullcontext() if processes.is_main else contextlib.redirect_stderr(io.StringIO())
+        with said_once, answering_bad_values():
+            config = load_frozen(sys.argv[1:])
+        with _ending_with_exit_codes():
+            task(config)
 
     return start
 
@@ -112,6 +125,14 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
                 [f"--{option.replace('_', '-')}: configs are read from {CONF}; put your file into one of its groups"]
             )
     return arguments
+
+
+def _choose_cluster() -> None:
+    """`hydra/launcher=slurm` brings `cluster=slurm`, whose settings it reads; no file of Hydra's own groups could."""
+    chosen = {name: option for name, equals, option in (word.partition("=") for word in sys.argv[1:]) if equals}
+    launcher = chosen.get("hydra/launcher")
+    if launcher in options_of("cluster") and "cluster" not in chosen:
+        sys.argv.append(f"cluster={launcher}")
 
 
 def _checked_arguments(processes: Processes) -> argparse.Namespace:
@@ -187,7 +208,7 @@ def check_points(points: Sequence[Sequence[str]]) -> list[str]:
 # ---------------------------------------------------------------------- the task
 
 
-def _guarded(task: Task, failures: list[str], *, is_sweep: bool) -> Task:
+def _guarded(task: Task, *, is_sweep: bool) -> Task:
     """`task` with exceptions turned into exit codes; in a sweep, a point that fails does not stop the others."""
     main_process = os.getpid()
 
@@ -198,16 +219,22 @@ def _guarded(task: Task, failures: list[str], *, is_sweep: bool) -> Task:
         except SystemExit as stop:
             if not is_sweep or not stop.code or stop.code in STOPS_A_SWEEP or os.getpid() != main_process:
                 raise
-            failures.append(f"  exit code {stop.code}: {run_directory(config)}")
+            failed_points.append(f"  exit code {stop.code}: {run_directory(config)}")
 
     return run
 
 
 def _run_or_exit(task: Task, config: DictConfig) -> None:
+    with _ending_with_exit_codes():
+        fit_presets(config, CONF, cast(DictConfig, HydraConfig.get()))
+        task(config)
+
+
+@contextlib.contextmanager
+def _ending_with_exit_codes() -> Iterator[None]:
     try:
         with answering_bad_values():
-            fit_presets(config, CONF, cast(DictConfig, HydraConfig.get()))
-            task(config)
+            yield
     except SystemExit as stop:
         _leave_others_behind(stop.code)
         raise

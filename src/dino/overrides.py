@@ -14,7 +14,7 @@ from dino.config import hydra_compose
 from dino.messages import did_you_mean, nearest_first, show
 from dino.presets import leaves
 
-MAY_BE_LEFT_OUT = ("evaluation", "logger", "experiment", "debug")
+MAY_BE_LEFT_OUT = ("evaluation", "logger", "experiment", "debug", "sweep", "cluster")
 
 
 def compose_or_explain(overrides: Sequence[str]) -> tuple[DictConfig | None, list[str]]:

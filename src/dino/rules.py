@@ -186,8 +186,23 @@ RULES: dict[str, Rule] = {
     "monitor.early_stopping.min_delta": NOT_NEGATIVE,
     "monitor.early_stopping.restore_best": FLAG,
     "evaluation.*.every_epochs": AT_LEAST_1,
+    "evaluation.*.max_samples": AT_LEAST_1,
     "evaluation.knn.neighbours": Rule(kind=int, low=1, count=0),
     "evaluation.knn.temperature": POSITIVE,
+    "sweep.name": TEXT,
+    "sweep.dir": TEXT,
+    "sweep.base": Rule(kind=str, count=0),
+    "sweep.axes": Rule(kind=str, count=0),
+    "sweep.seeds": Rule(kind=int, low=0, count=0),
+    "sweep.metric": TEXT,
+    "sweep.direction": one_of("maximize", "minimize"),
+    "sweep.on_failure": TEXT,
+    "sweep.search": one_of("grid", "random", "optuna"),
+    "sweep.num_trials": AT_LEAST_1_OR_NULL,
+    "sweep.search_seed": AT_LEAST_0,
+    "sweep.max_parallel": AT_LEAST_1_OR_NULL,
+    "sweep.pruning.startup_trials": AT_LEAST_0,
+    "sweep.pruning.warmup_epochs": AT_LEAST_0,
 }
 
 

@@ -5,13 +5,13 @@ import os
 import platform
 import resource
 import socket
-import subprocess
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from dino import code
 
 AUTOCAST_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -111,23 +111,9 @@ def provenance() -> dict[str, str]:
     """Commit, versions and host of this process, for `status.json` and the checkpoints."""
     packages = ("torch", "torchvision", "timm", "hydra-core", "numpy")
     return {
-        "commit": _commit(),
+        "commit": code.commit(),
         "host": socket.gethostname(),
         "pid": str(os.getpid()),
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in packages},
     }
-
-
-def _commit() -> str:
-    """The git commit of this code, with `+changes` where tracked files differ from it; `unknown` outside git."""
-    repository = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(repository), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"

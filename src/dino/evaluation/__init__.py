@@ -2,6 +2,7 @@ from dino.evaluation.features import evaluation_mode, extract_features, normaliz
 from dino.evaluation.inputs import EvaluationInputs, Evaluator
 from dino.evaluation.knn import KNNResult, knn_classify, nearest_neighbours
 from dino.evaluation.knn_evaluator import KNNEvaluator
+from dino.evaluation.label_free import LabelFreeEvaluator, effective_rank
 from dino.evaluation.validation_loss import ValidationLossEvaluator
 
 __all__ = [
@@ -9,7 +10,9 @@ __all__ = [
     "Evaluator",
     "KNNEvaluator",
     "KNNResult",
+    "LabelFreeEvaluator",
     "ValidationLossEvaluator",
+    "effective_rank",
     "evaluation_mode",
     "extract_features",
     "knn_classify",

@@ -14,7 +14,7 @@ PREFERRED = ("val/knn_top1", "val/loss", EPOCH_LOSS)
 
 def higher_is_better(metric: str) -> bool | None:
     """Which way a metric is better; None where neither way is."""
-    if "knn" in metric or metric == "perf/images_per_s":
+    if "knn" in metric or "effective_rank" in metric or metric == "perf/images_per_s":
         return True
     return False if "loss" in metric else None
 
@@ -26,7 +26,7 @@ class EarlyStopping:
     Args:
         metric: any metric of the evaluation, or `train/loss_epoch`; None: k-NN accuracy, where it cannot be had the
             validation loss, and without any evaluation the mean training loss of an epoch.
-        mode: whether the largest or the smallest value is the best; `auto` knows it for losses and k-NN.
+        mode: whether the largest or smallest value is the best; `auto` knows it for losses, k-NN and effective rank.
         patience: the run ends after so many evaluations in a row without improvement; None: it never ends early.
         min_delta: an improvement is a change by more than this.
         restore_best: the networks that the run leaves (and `last.pt`) are those of the best evaluation.

@@ -164,6 +164,7 @@ class Trainer:
                 log.warning("set aside   %s: newer than where the run goes on, or damaged", path)
             self.checkpoints.point_best_to(self.early_stopping.best_step)
         self._last_logged_step = self.step
+        self.run.update(total_steps=self.total_steps)
         context = RunContext(self.run.directory, self.step, self.total_steps, self.steps_per_epoch)
         for logger in self.loggers:
             logger.start(context)
