@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all check lint types bench clean
+.PHONY: help install train test test-all check lint types bench slurm-up slurm-down clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,6 +38,13 @@ types: install  ## mypy --strict on src/dino
 
 bench: install  ## what saving costs the training loop, as one line of JSON; a few minutes on 2 cores
 	$(BIN)/python benchmarks/checkpoint_cost.py
+
+slurm-up:  ## a real Slurm of two nodes on this machine, for trying sweeps (Debian: slurmctld slurmd slurm-client munge)
+	@tests/slurm/slurm-up.sh >/dev/null
+	@echo "Slurm runs; tell your shell:  export SLURM_CONF=$${SLURMLAB_DIR:-/tmp/slurmlab}/slurm.conf"
+
+slurm-down:  ## stop it, with all its jobs
+	@tests/slurm/slurm-down.sh
 
 clean:  ## remove the environment and caches; outputs/ stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

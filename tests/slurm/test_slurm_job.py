@@ -20,6 +20,7 @@ from sweep_command import until
 from dino.sweep.attempts import End
 from dino.sweep.manifest import Manifest
 from dino.sweep.slurm import SlurmCluster
+from dino.sweep.slurm_commands import queue
 
 RETURNS = f"if attempt > 1:\n    {FINISHES}    sys.exit(0)\n"  # after one requeue
 STUCK = "when_asked(lambda name: None)\nstatus('running', 1)\ntime.sleep(300)\n"
@@ -165,7 +166,8 @@ def test_an_sbatch_without_an_answer_is_repeated_but_no_trial_submitted_twice(
     manifest = lab.submit(FINISHES, 3, first_wait_s=0.5)
     lab.until_ended(manifest, "COMPLETED")
     assert [len(environments(manifest, number)) for number in range(3)] == [1, 1, 1]
-    assert len(manifest.submissions) == 1
+    (submission,) = manifest.submissions
+    assert [job.comment for job in queue() or ()].count(submission.id) == 3
 
 
 def test_a_submission_whose_jobs_were_never_written_down_is_found(lab: Lab) -> None:
@@ -323,11 +325,14 @@ def test_one_failure_cancels_the_others(lab: Lab) -> None:
 
 
 def test_the_ranks_of_a_trial_on_two_nodes(lab: Lab) -> None:
-    """Both are warned, rank 0 brings the job back; the variables of the step tell them who they are."""
+    """Both are warned; rank 0, which takes longer to save, brings the job back; the step tells them who they are."""
     together = (
         "while len(list(directory.glob(f'rank_*_{attempt}'))) < 2: (directory / f'rank_{rank}_{attempt}').touch()\n"
     )
-    manifest = lab.submit(together + RETURNS + WAITS, nodes=2)
+    saves = (
+        "when_asked(lambda name: (time.sleep(8 * (rank == 0)), preempted()))\nstatus('running', 1)\ntime.sleep(300)\n"
+    )
+    manifest = lab.submit(together + RETURNS + saves, nodes=2)
     lab.until_running(manifest)
     lab.slurm("scancel", "--signal=USR2", lab.job(manifest))
     lab.until_ended(manifest, "COMPLETED")

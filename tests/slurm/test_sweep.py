@@ -202,7 +202,7 @@ def test_two_nodes_are_one_trial_and_survive_a_requeue(
     assert one.returncode == 0, one
     alone = [line["train/loss"] for line in metrics(folder / "one") if "train/loss" in line]
     apart = [line["train/loss"] for line in metrics(manifest.directory(trial)) if "train/loss" in line]
-    assert apart[:50] == pytest.approx(alone[:50], rel=1e-3)
+    assert apart[:20] == pytest.approx(alone[:20], rel=1e-4)  # in float32 they drift apart, slowly
 
 
 @pytest.mark.parametrize("num_begun", [1, 3])
