@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 def slurm() -> Iterator[dict[str, str]]:
     """The environment in which srun, sbatch and the others speak to the cluster."""
     folder = tempfile.mkdtemp(prefix="slurm-")  # a short path: it holds sockets
-    own = {"SLURMLAB_DIR": folder, "SLURMLAB_OWNER": str(os.getpid()), "SLURMLAB_ACCT": "0"}
+    own = {"SLURMLAB_DIR": folder, "SLURMLAB_OWNER": str(os.getpid())}
     extra = Path(folder, "extra.conf")
     extra.write_text("MaxArraySize=25\n")  # as many tasks in an array, so that a sweep of 60 trials needs three
     environment = {**os.environ, **own, "SLURMLAB_EXTRA": str(extra)}
