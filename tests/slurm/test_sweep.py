@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browser import browse
 from command_line import REPOSITORY, TINY, assert_same_run, finish, metrics, start_ranks, status, train, wait_until
 from sweep_command import SHORT, WorkingCopy, kill, step_of, table, until
 
@@ -71,8 +72,10 @@ def test_nine_trials_from_submission_to_the_page(here: WorkingCopy, slurm: dict[
     for line, trial in zip(lines, manifest.trials, strict=True):
         logged = [point["val/knn_top1"] for point in metrics(manifest.directory(trial)) if "val/knn_top1" in point]
         assert float(line["val/knn_top1"]) == logged[-1]
-    page = (manifest.folder / "sweep.html").read_text()
-    assert all(trial.id in page for trial in manifest.trials)
+    page = browse(manifest.folder / "sweep.html")
+    assert page.console == []
+    assert {"over_axes", "parallel_coordinates"} <= set(page.figures)
+    assert all(trial.id in page.text for trial in manifest.trials)
 
 
 def test_each_failure_has_its_class_and_disturbs_no_other(here: WorkingCopy, slurm: dict[str, str]) -> None:
