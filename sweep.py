@@ -67,7 +67,7 @@ def resume(
 
 @app.command()
 def collect(sweep: Sweep = None) -> None:
-    """Writes results.csv, results.json and sweep.html; exit code 0: all finished, 1: some failed, 75: wait."""
+    """Writes results.csv, results.json and sweep.html; exit code 0: all finished, 1: some did not, 75: wait."""
     raise typer.Exit(commands.collect(commands.find(sweep)))
 
 

@@ -138,3 +138,9 @@ def step_of(manifest: Manifest, trial: Trial) -> int:
 def kill(process: subprocess.Popen[str]) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
+
+
+def squeue(slurm: Mapping[str, str], field: str) -> list[str]:
+    """One field of every job or array task that waits or runs."""
+    words = ["squeue", "-h", "-r", "-o", field]
+    return subprocess.run(words, env=slurm, capture_output=True, text=True, check=True).stdout.split()

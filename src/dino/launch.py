@@ -132,7 +132,7 @@ def _choose_cluster() -> None:
     chosen = {name: option for name, equals, option in (word.partition("=") for word in sys.argv[1:]) if equals}
     launcher = chosen.get("hydra/launcher")
     if launcher in options_of("cluster") and "cluster" not in chosen:
-        sys.argv.append(f"cluster={launcher}")
+        sys.argv.insert(sys.argv.index(f"hydra/launcher={launcher}") + 1, f"cluster={launcher}")
 
 
 def _checked_arguments(processes: Processes) -> argparse.Namespace:

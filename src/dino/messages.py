@@ -31,7 +31,13 @@ def show(value: Any) -> str:
 def as_override(key: str, value: object) -> str:
     """`key=value` as one would type it in a shell: odd paths are quoted, for the shell and for Hydra."""
     text = str(value)
-    return f"{key}={text}" if re.fullmatch(r"[\w./+-]+", text, re.ASCII) else shlex.quote(f'{key}="{text}"')
+    return f"{key}={text}" if re.fullmatch(r"[\w./+-]+", text, re.ASCII) else shlex.quote(f"{key}={quoted(text)}")
+
+
+def quoted(text: str) -> str:
+    """A text as Hydra reads it in an override, whatever is in it."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def nearest_first(word: str, options: Iterable[str]) -> list[str]:

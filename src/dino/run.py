@@ -217,11 +217,19 @@ def read_status(directory: Path) -> dict[str, Any]:
     return status
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes to a temporary name beside `path`, then renames: a reader sees the old file or the new one."""
+def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
+    """Writes to a temporary name beside `path`, then renames: a reader sees the old file or the new one.
+
+    Args:
+        durable: also after the machine has crashed, at the cost of waiting for the disk.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        with temporary.open("w") as file:
+            file.write(json.dumps(value, indent=1) + "\n")
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)

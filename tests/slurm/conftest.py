@@ -8,8 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sweep_command import WorkingCopy, squeue, until
 
 HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever needs a Slurm is slow."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +44,11 @@ def slurm() -> Iterator[dict[str, str]]:
     finally:
         subprocess.run([HERE / "slurm-down.sh"], env=environment, stdin=subprocess.DEVNULL, capture_output=True)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def here(slurm: dict[str, str], tmp_path: Path) -> Iterator[WorkingCopy]:
+    """A working copy to submit from; what it leaves in the queue is cancelled."""
+    yield WorkingCopy.make(tmp_path / "copy", slurm)
+    subprocess.run(["scancel", "--me"], env=slurm, check=True)
+    until(lambda: not squeue(slurm, "%i"))

@@ -1,29 +1,15 @@
 """Hydra's own way to a sweep: `python train.py -m hydra/launcher=slurm`, on a real Slurm."""
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from command_line import assert_same_run, finish, metrics, status
-from sweep_command import SHORT, WorkingCopy, until
+from sweep_command import SHORT, WorkingCopy, squeue, until
 
 from dino.run import read_status
 
 MINE = ["allowed_targets=[misbehaving]", "loss._target_=misbehaving.Misbehaving"]
 ON_SLURM = ["-m", "hydra/launcher=slurm", "cluster.cpus_per_task=2", "hydra.sweep.dir=s", *SHORT]
-
-
-@pytest.fixture
-def here(slurm: dict[str, str], tmp_path: Path) -> Iterator[WorkingCopy]:
-    yield WorkingCopy.make(tmp_path / "copy", slurm)
-    subprocess.run(["scancel", "--me"], env=slurm, check=True)
-    until(lambda: not squeue(slurm, "%i"))
-
-
-def squeue(slurm: dict[str, str], field: str) -> list[str]:
-    words = ["squeue", "-h", "-r", "-o", field]
-    return subprocess.run(words, env=slurm, capture_output=True, text=True, check=True).stdout.split()
 
 
 def last_word(slurm: dict[str, str], job: str) -> str:
@@ -35,7 +21,6 @@ def step(directory: Path) -> int:
     return int(read_status(directory).get("step", -1))
 
 
-@pytest.mark.slow
 def test_one_point_that_fails_leaves_the_others_their_results(here: WorkingCopy, slurm: dict[str, str]) -> None:
     """One raises and one is killed: the command waits for all, names both, and exits with 1; Slurm says FAILED."""
     hows = ["raises", "fine", "is_killed", "nothing"]
@@ -56,7 +41,6 @@ def test_one_point_that_fails_leaves_the_others_their_results(here: WorkingCopy,
     assert [last_word(slurm, job) for job in jobs] == ["FAILED", "COMPLETED", "FAILED", "COMPLETED"]
 
 
-@pytest.mark.slow
 def test_a_point_that_is_stopped_comes_back_and_ends_as_if_it_had_not_been(
     here: WorkingCopy, slurm: dict[str, str]
 ) -> None:
@@ -76,7 +60,6 @@ def test_a_point_that_is_stopped_comes_back_and_ends_as_if_it_had_not_been(
     assert len(metrics(here.folder / "s" / "1")) > 0
 
 
-@pytest.mark.slow
 def test_the_budget_of_requeues(here: WorkingCopy, slurm: dict[str, str]) -> None:
     process = here.start("train.py", *ON_SLURM, "trainer.epochs=300", "cluster.max_num_requeues=0", "seed=0,1")
     until(lambda: all(step(here.folder / "s" / number) >= 3 for number in "01"))
@@ -87,7 +70,6 @@ def test_the_budget_of_requeues(here: WorkingCopy, slurm: dict[str, str]) -> Non
     assert result.stderr.count("not requeued: 0 requeues used up (cluster.max_num_requeues=0)") == 2
 
 
-@pytest.mark.slow
 def test_two_ranks_a_point(here: WorkingCopy, slurm: dict[str, str]) -> None:
     result = here.run("train.py", *ON_SLURM, "cluster.nodes=2", "seed=0")
     assert result.returncode == 0, result

@@ -13,8 +13,6 @@ from dino.sweep import background
 from dino.sweep.manifest import Manifest
 from dino.sweep.study import STUDY
 
-pytestmark = pytest.mark.slow
-
 # The first trial is slow, the second fails, the third falls behind and has to be ended.
 PROGRAM = """
 number, begin = directory.name[:3], time.time()

@@ -239,7 +239,6 @@ def test_a_job_that_somebody_cancels_stays_dead(lab: Lab) -> None:
         assert len(environments(each)) == 1
 
 
-@pytest.mark.slow
 def test_the_time_limit_of_a_minute(lab: Lab) -> None:
     """Warned by Slurm itself: one trial saves and comes back; one that does not listen is killed, and comes back."""
     manifest = lab.submit(RETURNS + WAITS, time_min=1, signal_lead_s=15)
@@ -276,7 +275,6 @@ def test_a_site_that_does_not_requeue(lab: Lab) -> None:
     assert end.reason.startswith(f"scontrol requeue {lab.job(manifest)}: Requested operation is presently disabled")
 
 
-@pytest.mark.slow
 def test_a_limit_too_short_for_a_single_step(lab: Lab) -> None:
     manifest = lab.submit(
         "when_asked(lambda name: preempted(step=0))\nstatus('running', 0)\ntime.sleep(99)", time_min=1
@@ -289,7 +287,6 @@ def test_a_limit_too_short_for_a_single_step(lab: Lab) -> None:
     assert ends(manifest)[-1].reason == "3 attempts in a row did not reach a single step; raise cluster.time_min"
 
 
-@pytest.mark.slow
 def test_a_node_that_dies_and_comes_back(lab: Lab) -> None:
     manifest = lab.submit(RETURNS + WAITS, nodelist="n2")
     lab.until_running(manifest)

@@ -3,14 +3,12 @@
 import signal
 from pathlib import Path
 
-import pytest
 from command_line import assert_same_run, command, finish, spawn, start_ranks, status, wait_until
 
 RUN = ["run_dir=run", "dataset.batch_size=32", "trainer.save_every_steps=2", "backbone.drop_path_rate=0.3"]
 SRUN = ["srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1"]
 
 
-@pytest.mark.slow
 def test_the_tasks_of_a_step_are_the_ranks_of_a_run(slurm: dict[str, str], tmp_path: Path) -> None:
     """Preempted as Slurm does it, by a signal to all tasks; started again, it equals two ranks started by hand."""
     parts, whole = tmp_path / "parts", tmp_path / "whole"

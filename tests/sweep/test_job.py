@@ -131,6 +131,7 @@ def test_a_training_does_not_outlive_its_supervisor(tmp_path: Path) -> None:
     assert ends(manifest) == []
 
 
+@pytest.mark.slow
 def test_a_trial_never_runs_twice_at_once(tmp_path: Path) -> None:
     manifest = handmade_sweep(tmp_path / "s", WAITS)
     submission = submitted(manifest)

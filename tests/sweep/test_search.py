@@ -310,6 +310,7 @@ def test_a_point_that_is_known_is_not_run_again_but_told(tmp_path: Path) -> None
     assert all(proposal.value == values[proposal.user_attrs["trial"]] for proposal in told)
 
 
+@pytest.mark.slow
 def test_a_trial_that_falls_behind_is_pruned(tmp_path: Path) -> None:
     special = 'if number == "003": value, epochs, epoch_s = 0.1, 200, 0.2\n'
     pruning = {"pruner": "median", "startup_trials": 2, "warmup_epochs": 2}
@@ -326,6 +327,7 @@ def test_a_trial_that_falls_behind_is_pruned(tmp_path: Path) -> None:
     assert begun(manifest) == [1] * 5
 
 
+@pytest.mark.slow
 def test_a_controller_that_is_killed_leaves_nothing_lost_or_doubled(tmp_path: Path) -> None:
     """Killed in the middle of two trials, and again at whatever it does in its first second."""
     special = 'while not (directory.parent / "go").exists(): time.sleep(0.01)\n'

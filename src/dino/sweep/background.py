@@ -1,5 +1,6 @@
 """The controller of a sweep, seen from outside: one process that outlives the terminal; started, found, stopped."""
 
+import contextlib
 import json
 import os
 import signal
@@ -68,7 +69,8 @@ def stop(manifest: Manifest) -> None:
         raise ValueError(f"{manifest.folder}: its controller runs on {host}; stop it there")
     process = holder_of(manifest.folder / LOCK)
     if process is not None:
-        os.kill(process, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
     deadline = time.monotonic() + STOP_WAIT_S
     while is_running(manifest) and time.monotonic() < deadline:
         time.sleep(0.02)

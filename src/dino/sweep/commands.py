@@ -1,8 +1,10 @@
 """What the commands of sweep.py do: they read the manifest and the files of the trials, whoever submitted them."""
 
+import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 
 from rich.console import Console
@@ -17,8 +19,6 @@ from dino.sweep.manifest import MANIFEST, Manifest, Trial
 from dino.sweep.report import terminal_report, write
 from dino.sweep.snapshot import take_snapshot
 from dino.sweep.states import (
-    BROKEN,
-    CANCELLED,
     FAILED,
     FINISHED,
     NOT_A_NUMBER,
@@ -47,12 +47,15 @@ def find(sweep: Path | None) -> Manifest:
     Raises:
         ValueError: there is none.
     """
-    if sweep is None:
-        found = sorted(Path("outputs/sweeps").glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_ctime)
-        if not found:
-            raise ValueError("outputs/sweeps: no sweep is here; name the folder of one, or submit one")
-        sweep = max((Manifest.read(path.parent) for path in found), key=lambda manifest: manifest.created).folder
-    return Manifest.read(sweep)
+    if sweep is not None:
+        return Manifest.read(sweep)
+    found: list[Manifest] = []
+    for path in Path("outputs/sweeps").glob(f"*/{MANIFEST}"):
+        with contextlib.suppress(ValueError):  # one that is damaged hides no other
+            found.append(Manifest.read(path.parent))
+    if not found:
+        raise ValueError("outputs/sweeps: no sweep is here; name the folder of one, or submit one")
+    return max(found, key=lambda manifest: manifest.created)
 
 
 def chosen(manifest: Manifest, names: Sequence[str]) -> list[Trial]:
@@ -74,7 +77,6 @@ def submit(words: Sequence[str], *, dry_run: bool) -> None:
             f"{len(manifest.trials)} trials are frozen and nothing is submitted; sweep.py resume {manifest.folder} does"
         )
         return
-    cluster.check()
     with manifest.locked():
         if _searches(manifest):
             background.ensure_running(manifest)
@@ -98,7 +100,7 @@ def status(manifest: Manifest, *, watch: bool, every_s: float = 2.0) -> None:
             manifest = Manifest.read(manifest.folder)
             states = trial_states(manifest, cluster)
             display.update(status_table(manifest, states), refresh=True)
-            if not any(state.state in UNDER_WAY for state in states.values()):
+            if not _goes_on(manifest, states):
                 return
             time.sleep(every_s)
 
@@ -149,6 +151,12 @@ def _searches(manifest: Manifest) -> bool:
     return bool(manifest.sweep["search"] == SEARCH)
 
 
+def _goes_on(manifest: Manifest, states: Mapping[str, TrialState]) -> bool:
+    """Whether there is something to wait for; where the cluster cannot be asked, what the files say counts."""
+    held = any(state.held or (state.held is None and state.state in UNDER_WAY) for state in states.values())
+    return held or (_searches(manifest) and background.is_running(manifest))
+
+
 def _may_run(state: TrialState) -> bool:
     return not state.held and state.state not in (FINISHED, PRUNED)
 
@@ -158,11 +166,12 @@ def _by_code(
 ) -> Iterator[tuple[int, list[Trial]]]:
     """Number of a snapshot, and the trials that are to run it."""
     groups: dict[int, list[Trial]] = {}
+    current = cache(lambda: take_snapshot(manifest))  # the same for all of them, or none
     for trial in trials:
         submission = manifest.last_submission(trial)
         mended = states[trial.id].state in (FAILED, NOT_A_NUMBER)
         if code is Code.CURRENT or (code is Code.AUTO and mended):
-            snapshot = take_snapshot(manifest)
+            snapshot = current()
         else:
             snapshot = submission.snapshot if submission is not None else 0
         groups.setdefault(snapshot, []).append(trial)
@@ -218,13 +227,13 @@ def _shown(path: Path) -> str:
 
 
 def collect(manifest: Manifest) -> int:
-    """Writes the results as files and prints them; the exit code: 0 all finished, 1 some broken, 75 some under way."""
+    """Writes the results as files and prints them; the exit code: 75 it goes on, 0 all finished, 1 some did not."""
     states = trial_states(manifest, cluster_of(manifest))
     results = collected(manifest, states)
     files = write(results)
     console.print(terminal_report(results))
     _say(f"files       {_shown(manifest.folder)}: {', '.join(path.name for path in files)}")
-    found = {state.state for state in states.values()}
-    if found & {*BROKEN, CANCELLED}:
-        return EXIT_FAILED
-    return EXIT_PREEMPTED if found & {*UNDER_WAY} else 0
+    if _goes_on(manifest, states):
+        return EXIT_PREEMPTED
+    complete = all(state.state in (FINISHED, PRUNED) for state in states.values())
+    return 0 if complete and states else EXIT_FAILED

@@ -14,6 +14,7 @@ from dino.code import REPOSITORY
 from dino.sweep.background import LOCK, write_record
 from dino.sweep.cluster import Cluster
 from dino.sweep.clusters import cluster_of
+from dino.sweep.freeze import SEARCH
 from dino.sweep.local import LocalCluster
 from dino.sweep.manifest import LOCK as SWEEP_LOCK
 from dino.sweep.manifest import MANIFEST, Manifest, lock
@@ -43,7 +44,7 @@ class Controller:
             self.pool = Pool(self.manifest, slots, cluster.num_threads(len(slots)))
             self.every_s, patience_s, limit = LOCAL_EVERY_S, 0.0, len(slots)
         self.search: Search | None = None
-        if self.manifest.sweep.get("search") == "optuna":
+        if self.manifest.sweep.get("search") == SEARCH:
             snapshot = _own_snapshot(self.manifest)
             self.search = Search(self.manifest, cluster, snapshot, limit or DEFAULT_LIMIT, patience_s)
 
@@ -110,7 +111,7 @@ def _read(folder: Path) -> Manifest:
 
 def _own_snapshot(manifest: Manifest) -> int:
     """The snapshot that this process runs from; new points are composed with it, and so run with it too."""
-    folders = [manifest.folder / snapshot.folder for snapshot in manifest.snapshots]
+    folders = [(manifest.folder / snapshot.folder).resolve() for snapshot in manifest.snapshots]
     return folders.index(REPOSITORY) if REPOSITORY in folders else len(folders) - 1
 
 

@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from dino.config import build, fingerprint, save_config
 from dino.messages import ConfigError, show
 from dino.overrides import parsed
-from dino.sweep.manifest import MANIFEST, Manifest, Trial
+from dino.sweep.clusters import built
+from dino.sweep.manifest import MANIFEST, Manifest, Trial, refuse_without_locks
 from dino.sweep.plan import Point, Sweep, axes_of, points_of
 from dino.sweep.snapshot import take_snapshot
 from dino.validation import checked, target_problems
@@ -47,7 +48,9 @@ def read_request(words: Sequence[str]) -> Request:
     axes: list[tuple[str, str]] = []
     for override in overrides:
         line, key = override.input_line or "", str(override.key_or_group)
-        if key == "run_dir":
+        if key == "seed":
+            problems.append(f"{line}: a sweep has a list of them; write sweep.seeds=[{line.partition('=')[2]}]")
+        elif key == "run_dir":
             problems.append(f"{line}: every trial has a directory of its own; set sweep.dir instead")
         elif override.is_hydra_override():
             problems.append(f"{line}: sweep.py does not go through Hydra's launchers; choose cluster=...")
@@ -65,6 +68,11 @@ def read_request(words: Sequence[str]) -> Request:
     assert isinstance(settings, dict)
     taken = {key for key, _ in [*typed, *axes]}
     kept = [axis.line for axis in axes_of(settings["axes"]) if axis.key not in taken]
+    zipped = {axis.key: group for group in settings["zipped"] for axis in axes_of(group)}
+    for key in sorted(taken & set(zipped)):
+        problems.append(f"{key}: sweep.zipped={show(zipped[key])} varies it; change that, or leave {key} out")
+    if problems:
+        raise ConfigError(problems)
     with open_dict(config):
         config.sweep.axes = [*kept, *(line for _, line in axes)]
         config.sweep.base = [*settings["base"], *(line for _, line in typed)]
@@ -84,6 +92,7 @@ def plan(words: Sequence[str]) -> tuple[Manifest, list[str]]:
     searches = request.sweep.search == SEARCH
     if searches and request.cluster["_target_"].endswith("InProcessCluster"):
         raise ConfigError([f"cluster=debug: sweep.search={SEARCH} needs a process of its own; use cluster=local"])
+    built(request.cluster).check()
     folder = Path(request.sweep.dir).absolute()
     if (folder / MANIFEST).exists():
         raise ConfigError([f"sweep.dir={folder}: a sweep is there already; sweep.py resume goes on with it"])
@@ -101,6 +110,7 @@ def plan(words: Sequence[str]) -> tuple[Manifest, list[str]]:
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
+        refuse_without_locks(folder)
         if searches:
             from dino.sweep.search import open_study  # optuna takes a second
 

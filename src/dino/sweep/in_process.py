@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dino.code import REPOSITORY
 from dino.exits import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from dino.sweep.cluster import Cluster, Live
-from dino.sweep.job import Supervisor
+from dino.sweep.job import Supervisor, frozen_command
 from dino.sweep.local import add_submission
 from dino.sweep.manifest import Manifest, Trial
 from dino.sweep.pool import is_alive
@@ -58,12 +58,11 @@ class InProcessSupervisor(Supervisor):
 
     def _train(self) -> int:
         """`python train.py --frozen config.yaml`; its exit code."""
-        script = str(REPOSITORY / "train.py")
         arguments = sys.argv
-        sys.argv = [script, "--frozen", str(self.directory / "config.yaml")]
+        sys.argv = frozen_command(REPOSITORY, self.directory)
         try:
             with contextlib.chdir(self.manifest.cwd):
-                runpy.run_path(script, run_name="__main__")
+                runpy.run_path(sys.argv[0], run_name="__main__")
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         finally:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dino.exits import EXIT_BAD_CONFIGURATION, EXIT_PREEMPTED
+from dino.messages import quoted
 from dino.processes import Processes
 from dino.run import read_status
 from dino.sweep.attempts import End, Start, now, read_attempts, record
@@ -25,6 +26,8 @@ from dino.sweep.training_process import Ended, Signals, train
 LOCK = ".job.lock"
 LOCK_WAIT_S, LOCK_WAIT_OF_RESTARTED_S = 10, 120  # a file server may hold the lock of a node that died for a while
 MAX_FRUITLESS = 3  # attempts in a row that the time limit ends before a single step
+MAX_FRUITLESS_OF_RANKS = 10  # srun ends rank 0 like a preemption when another rank is gone without a word
+MANIFEST_WAIT_S = 60  # a file server may show a node an old one for a while
 TIME_TO_REQUEUE_S = 5  # ahead of the deadline of a job
 
 
@@ -38,10 +41,15 @@ def run_trial(sweep: Path, trial_id: str, submission_id: str) -> int:
         ValueError: there is no such sweep, trial or submission.
     """
     signals = Signals()
-    manifest = Manifest.read(sweep)
-    submission = next((item for item in manifest.submissions if item.id == submission_id), None)
-    if submission is None:
-        raise ValueError(f"{submission_id}: no such submission in {manifest.folder}")
+    deadline = time.monotonic() + (MANIFEST_WAIT_S if SlurmJob.here(os.environ) else 0)
+    while True:
+        manifest = Manifest.read(sweep)
+        submission = next((item for item in manifest.submissions if item.id == submission_id), None)
+        if submission is not None:
+            break
+        if time.monotonic() > deadline:
+            raise ValueError(f"{submission_id}: no such submission in {manifest.folder}")
+        time.sleep(1)
     supervisor = Supervisor(manifest, manifest.trial(trial_id), submission, signals)
     return supervisor.run()
 
@@ -75,7 +83,7 @@ class Supervisor:
             if digest(self.code) != self.manifest.snapshots[self.submission.snapshot].digest:
                 reason = f"{self.code} is no longer what was submitted; submit the trial again"
                 self._say(reason)
-                self._record(Ended(EXIT_BAD_CONFIGURATION, None, False, False, False), Outcome(None, False, reason))
+                self._record(Ended(EXIT_BAD_CONFIGURATION), Outcome(None, requeued=False, reason=reason))
                 return EXIT_BAD_CONFIGURATION
             self._warn_of_few_cores()
             while True:
@@ -92,7 +100,7 @@ class Supervisor:
         source = Path(self.manifest.snapshots[self.submission.snapshot].source)
         cwd = Path(self.manifest.cwd)
         ended = train(
-            [sys.executable, str(self.code / "train.py"), "--frozen", str(self.directory / "config.yaml")],
+            [sys.executable, *frozen_command(self.code, self.directory)],
             environment=child_environment(os.environ, self.code, source, cwd),
             cwd=cwd,
             signals=self.signals,
@@ -133,12 +141,14 @@ class Supervisor:
         if cause == TIME_LIMIT and self._fruitless() >= MAX_FRUITLESS:
             short = f"{MAX_FRUITLESS} attempts in a row did not reach a single step; raise cluster.time_min"
             return Outcome(cause, requeued=False, reason=short)
+        if self.processes.several and self._fruitless() >= MAX_FRUITLESS_OF_RANKS:
+            stuck = f"{MAX_FRUITLESS_OF_RANKS} attempts in a row did not reach a single step; see the logs of its ranks"
+            return Outcome(cause, requeued=False, reason=stuck)
         return self.job.requeue(cause, int(self.cluster["max_num_requeues"]))
 
     def _after_failure(self, ended: Ended) -> tuple[int, bool]:
-        code = ended.exit_code if ended.exit_code is not None else 137
         policy, _, times = str(self.manifest.sweep.get("on_failure", "continue")).partition(":")
-        may_retry = code != EXIT_BAD_CONFIGURATION and self.manifest.cancelled(self.trial) is None
+        may_retry = ended.code != EXIT_BAD_CONFIGURATION and self.manifest.cancelled(self.trial) is None
         again, outcome = False, None
         if policy == "retry" and may_retry and self._num_failures() < int(times):
             if not self.processes.several:
@@ -148,12 +158,14 @@ class Supervisor:
         self._record(ended, outcome)
         if policy == "stop":
             self._stop_others()
-        self._say(f"failed with {ended.signal or f'exit code {code}'}" + (", and is started again" if again else ""))
-        return code, again
+        how = ended.signal or f"exit code {ended.code}"
+        self._say(f"failed with {how}" + (", and is started again" if again else ""))
+        return ended.code, again
 
     def _stop_others(self) -> None:
         from dino.sweep.clusters import cluster_of  # only here, since it imports much
 
+        self.manifest = Manifest.read(self.manifest.folder)  # a search may have added trials
         open_states = [read_status(self.manifest.directory(trial)).get("state") for trial in self.manifest.trials]
         others = [
             trial
@@ -162,7 +174,10 @@ class Supervisor:
         ]
         others = [trial for trial in others if self.manifest.cancelled(trial) is None]
         self.manifest.mark_cancelled(others, f"trial {self.trial.id} failed and sweep.on_failure=stop")
-        cluster_of(self.manifest).cancel(self.manifest, others)
+        try:
+            cluster_of(self.manifest).cancel(self.manifest, others)
+        except ValueError as error:  # they are marked, and will not begin again
+            self._say(f"the others could not be stopped: {error}")
 
     # ------------------------------------------------------------------ looking around
 
@@ -192,7 +207,10 @@ class Supervisor:
         return failed
 
     def _fruitless(self) -> int:
-        """How many attempts in a row, this one included, the time limit has ended at the step at which they began."""
+        """How many attempts in a row, this one included, have ended at the step at which they began, asked to stop.
+
+        With one rank only those that the time limit has ended.
+        """
         step, count = self._step(), 0
         attempts = [item for item in read_attempts(self.directory) if item.submission == self.submission.id]
         for attempt in reversed(attempts):
@@ -200,7 +218,7 @@ class Supervisor:
                 if attempt.step != step:
                     break
                 count += 1
-            elif attempt.cause != TIME_LIMIT:
+            elif attempt.cause != TIME_LIMIT and not (self.processes.several and attempt.exit_code == EXIT_PREEMPTED):
                 break
         return count
 
@@ -263,6 +281,11 @@ class Supervisor:
 
     def _say(self, text: str) -> None:
         print(f"{self.trial.id}: {text}", flush=True)
+
+
+def frozen_command(code: Path, directory: Path) -> list[str]:
+    """The script and its arguments; the directory is where the sweep is now, wherever it was frozen."""
+    return [str(code / "train.py"), "--frozen", str(directory / "config.yaml"), f"run_dir={quoted(str(directory))}"]
 
 
 if __name__ == "__main__":

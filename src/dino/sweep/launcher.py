@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from dino import preemption
 from dino.config import build
 from dino.exits import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from dino.messages import quoted
 from dino.processes import Processes
 from dino.sweep.environment import cleaned_process
 from dino.sweep.requeue import SlurmJob, lead_of_warning_s
@@ -86,7 +87,8 @@ class SlurmArrays(ClusterLauncher):
                 with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats what sbatch says
                     jobs += executor.map_array(self, *zip(*part, strict=True))
             except FailedJobError as error:
-                raise ValueError(explained(str(error), cluster.settings)) from None
+                others = f"; these jobs go on: {' '.join(job.job_id for job in jobs)}" if jobs else ""
+                raise ValueError(explained(str(error), cluster.settings) + others) from None
         for job, point in zip(jobs, points, strict=True):
             print(f"job {job.job_id}  {described(point)}", flush=True)
         return self._collected(jobs)
@@ -174,7 +176,6 @@ class LocalPool(ClusterLauncher):
 
     def _start(self, point: Point, device: str | None, num_threads: int | None) -> subprocess.Popen[bytes]:
         directory = Path(self.config.hydra.sweep.dir, str(point[2])).absolute()
-        quoted = str(directory).replace("\\", "\\\\").replace('"', '\\"')
         environment = dict(os.environ)
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
@@ -183,7 +184,7 @@ class LocalPool(ClusterLauncher):
         print(f"begins  {described(point)}", flush=True)
         with self._log(point).open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, sys.argv[0], *point[0], f'run_dir="{quoted}"'],
+                [sys.executable, sys.argv[0], *point[0], f"run_dir={quoted(str(directory))}"],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

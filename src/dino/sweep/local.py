@@ -1,5 +1,6 @@
-"""Trials on this machine: several at once behind a process of their own, or one after another before your eyes."""
+"""Trials on this machine: several at once, behind a process of their own."""
 
+import contextlib
 import os
 import secrets
 import shlex
@@ -76,12 +77,12 @@ class LocalCluster(Cluster):
 
     def live(self, manifest: Manifest) -> Mapping[str, Live] | None:
         host = background.host_of(manifest)
-        if host not in (None, socket.gethostname()):
+        alive = [trial.id for trial in manifest.trials if is_alive(manifest.directory(trial))]
+        if host not in (None, socket.gethostname()) and (alive or background.is_running(manifest)):
             return None
         live: dict[str, Live] = {}
         if background.is_running(manifest):
             live = {trial.id: Live(state="pending", reason="waits for a free slot") for trial, _ in waiting(manifest)}
-        alive = [trial.id for trial in manifest.trials if is_alive(manifest.directory(trial))]
         return live | {trial_id: Live(state="running", host=host) for trial_id in alive}
 
     def cancel(self, manifest: Manifest, trials: Sequence[Trial]) -> None:
@@ -96,7 +97,8 @@ class LocalCluster(Cluster):
         for trial in trials:
             supervisor = holder_of(manifest.directory(trial) / LOCK)
             if supervisor is not None:
-                os.kill(supervisor, signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(supervisor, signal.SIGTERM)
 
     def scripts(self, manifest: Manifest, trials: Sequence[Trial]) -> list[str]:
         return [shlex.join(supervisor_command(manifest, trial, "SUBMISSION")) for trial in trials]

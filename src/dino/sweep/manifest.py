@@ -9,6 +9,7 @@ outputs/sweeps/<name>/
 
 import contextlib
 import fcntl
+import getpass
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -83,6 +84,7 @@ class Manifest:
         folder: absolute path of the sweep; not part of the file, so that a sweep can be moved.
         command: as it was typed.
         cwd: where it was typed; relative paths of the config start there.
+        user: who typed it, and alone may change the sweep.
         base: overrides common to all trials.
         sweep: the settings of conf/sweep, resolved.
         cluster: the settings of conf/cluster, resolved.
@@ -99,6 +101,7 @@ class Manifest:
     snapshots: list[Snapshot] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     submissions: list[Submission] = field(default_factory=list)
+    user: str = field(default_factory=getpass.getuser)
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -120,15 +123,17 @@ class Manifest:
         """Readers see the old file or the new one."""
         content = asdict(self)
         del content["folder"]
-        write_json(self.folder / MANIFEST, content)
+        write_json(self.folder / MANIFEST, content, durable=True)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the sweep for one command at a time; the manifest is read again, and written at the end.
 
         Raises:
-            ValueError: another command is changing the sweep.
+            ValueError: another command is changing the sweep, or it belongs to somebody else.
         """
+        if self.user != getpass.getuser():
+            raise ValueError(f"{self.folder}: this sweep belongs to {self.user}; others may look at it, not change it")
         with lock(self.folder / LOCK, wait_s=LOCK_WAIT_S) as held:
             if held is None:
                 raise ValueError(f"{self.folder}: another command is changing this sweep; try again when it has ended")
@@ -175,6 +180,15 @@ class Manifest:
 
     def unmark_cancelled(self, trial: Trial) -> None:
         (self.directory(trial) / CANCELLED).unlink(missing_ok=True)
+
+
+def refuse_without_locks(folder: Path) -> None:
+    """Raises `ValueError` on a file system where nobody could tell whether a trial runs already."""
+    try:
+        with lock(folder / LOCK):
+            return
+    except OSError as error:
+        raise ValueError(f"sweep.dir={folder}: this file system has no locks ({error}); choose another place") from None
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ from dino.messages import ConfigError, show
 from dino.overrides import parsed
 from dino.sweep.pruning import Pruning
 
+MAX_DRAWS = 100  # of a random search for each of its points, since most may be known
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
@@ -137,16 +139,24 @@ def points_of(sweep: Sweep) -> list[Point]:
     axes = axes_of(sweep.axes)
     together = [_zipped(group) for group in sweep.zipped]
     axes_of([*sweep.axes, *itertools.chain(*sweep.zipped)])  # no key twice
-    if sweep.search == "random" and any(axis.is_interval for axis in axes):
-        generator = random.Random(sweep.search_seed)
-        drawn = range(sweep.num_trials or 0)
-        chosen = [(*(axis.draw(generator) for axis in axes), *map(generator.choice, together)) for _ in drawn]
+    if sweep.search == "random":
+        chosen = _drawn(axes, together, sweep.num_trials or 0, random.Random(sweep.search_seed))
     else:
         chosen = list(itertools.product(*(axis.assignments() for axis in axes), *together))
-        if sweep.search == "random":
-            chosen = random.Random(sweep.search_seed).sample(chosen, min(sweep.num_trials or 0, len(chosen)))
     points = [tuple(itertools.chain(*((part,) if isinstance(part, str) else part for part in p))) for p in chosen]
     return [point_of(words, seed) for words in points for seed in sweep.seeds]
+
+
+def _drawn(
+    axes: Sequence[Axis], together: Sequence[list[tuple[str, ...]]], count: int, generator: random.Random
+) -> list[tuple[str | tuple[str, ...], ...]]:
+    """So many different points; fewer where hardly any others are left."""
+    chosen: dict[tuple[str | tuple[str, ...], ...], None] = {}
+    for _ in range(MAX_DRAWS * count):
+        chosen[(*(axis.draw(generator) for axis in axes), *map(generator.choice, together))] = None
+        if len(chosen) == count:
+            break
+    return list(chosen)
 
 
 def point_of(assignments: Sequence[str], seed: int) -> Point:

@@ -85,6 +85,7 @@ class Search:
         self._known = {tuple(trial.overrides): trial for trial in manifest.trials}
         self._silent_since: dict[int, float] = {}
         self._stopped = False
+        self._said = ""
 
     def step(self, manifest: Manifest) -> bool:
         """Does what can be done now; False once nothing is left."""
@@ -124,10 +125,21 @@ class Search:
                 self._shared.add(number)
             else:
                 state = trial_states(manifest, self.cluster)[trial.id]
+                if state.held is None:
+                    return False  # the cluster cannot be asked now
                 if state.state in UNFINISHED and not state.held:
-                    self.cluster.submit(manifest, [trial], self.snapshot)
+                    try:
+                        self.cluster.submit(manifest, [trial], self.snapshot)
+                    except ValueError as error:  # refused, or no answer: it may be taken later
+                        self._say_once(str(error))
+                        return False
         self._watched[number] = trial
         return True
+
+    def _say_once(self, text: str) -> None:
+        if text != self._said:
+            print(text, flush=True)
+        self._said = text
 
     def _frozen(self, manifest: Manifest, number: int) -> Trial:
         """The trial of a proposal, which may be there already. Raises `ConfigError` for a point that cannot be."""

@@ -23,6 +23,7 @@ Item = TypeVar("Item")
 
 IGNORING_SIGNALS = 'trap "" TERM USR1 USR2; exec "$@"'
 NO_LIMIT = 1_000_000
+OWN_PARAMETERS = ("array", "comment", "error", "output", "requeue", "no-requeue", "signal")
 USUAL_ARRAY_LIMIT = 1000  # where Slurm does not say its own
 
 
@@ -93,6 +94,9 @@ class SlurmCluster(Cluster):
         for key, number in {"signal_lead_s": signal_lead_s, "max_num_requeues": max_num_requeues}.items():
             if number < 0:
                 raise ValueError(f"cluster.{key}={number}: use a whole number of at least 0")
+        ours = sorted(set(additional_parameters or {}) & set(OWN_PARAMETERS))
+        if ours:
+            raise ValueError(f"cluster.additional_parameters: {', '.join(ours)} cannot be set; the sweep needs its own")
         self.several_tasks = nodes * tasks_per_node > 1
         self.max_parallel = max_parallel
         self.array_limit = array_limit
@@ -241,7 +245,7 @@ class SlurmCluster(Cluster):
     # ------------------------------------------------------------------ watching and cancelling
 
     def live(self, manifest: Manifest) -> Mapping[str, Live] | None:
-        jobs = queue() if shutil.which("squeue") else None
+        jobs = queue(manifest.user) if shutil.which("squeue") else None
         if jobs is None:
             return None
         live: dict[str, Live] = {}
@@ -253,7 +257,7 @@ class SlurmCluster(Cluster):
         return live
 
     def ended(self, manifest: Manifest) -> Mapping[str, str]:
-        jobs = queue() if shutil.which("squeue") else None
+        jobs = queue(manifest.user) if shutil.which("squeue") else None
         over = [(trial, job) for trial, job in _jobs_of(manifest, jobs or ()) if job.state not in (*WAITING, *RUNNING)]
         return {trial: job.state for trial, job in over}
 

@@ -96,10 +96,17 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def queue() -> list[Queued] | None:
-    """All jobs of this user that the controller knows, array tasks one by one; None if it cannot be asked."""
+def queue(user: str | None = None) -> list[Queued] | None:
+    """All jobs of a user (None: this one) that the controller knows, tasks one by one; None if it cannot be asked."""
     fields = ("%i", "%T", "%k", "%N", "%r")
-    asked = ("squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", f"--format={'|'.join(fields)}")
+    asked = (
+        "squeue",
+        "--noheader",
+        "--array",
+        "--states=all",
+        f"--user={user or os.getuid()}",
+        f"--format={'|'.join(fields)}",
+    )
     answer = slurm(*asked)
     if answer.returncode != 0:
         return None

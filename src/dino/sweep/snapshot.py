@@ -5,19 +5,27 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dino.code import RECORD, REPOSITORY, commit, git
-from dino.sweep.manifest import Manifest, Snapshot
+from dino.sweep.manifest import MANIFEST, Manifest, Snapshot
 
-LEFT_OUT = (".git", ".venv", "outputs", "__pycache__", "node_modules")  # where git does not say what belongs to it
-LARGEST_FILE = 20 * 2**20  # data that lies among the code stays where it is [bytes]
+LEFT_OUT = (".git", ".venv", "outputs", "node_modules")  # where git does not say what belongs to it
+CACHE = "__pycache__"
+LARGEST_COPY = 200 * 2**20  # more is not code [bytes]
 
 
 def take_snapshot(manifest: Manifest, source: Path = REPOSITORY) -> int:
-    """The number of a snapshot of `source` as it is now; an earlier one of the same code is used again."""
-    now = _digest(_contents(source))
+    """The number of a snapshot of `source` as it is now; an earlier one of the same code is used again.
+
+    Raises:
+        ValueError: there is far more than code.
+    """
+    contents = _contents(source)
+    _refuse_data(source, contents)
+    now = _digest(contents)
     for number, snapshot in enumerate(manifest.snapshots):
         if snapshot.digest == now:
             return number
@@ -46,18 +54,31 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _contents(source: Path) -> list[tuple[str, Path]]:
-    """All that git tracks or would track; without git, all but environments, outputs and caches."""
+    """All that git tracks or would track, but for sweeps; without git, all but environments, outputs and caches."""
     try:
         names = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", folder=source).split("\0")
     except (OSError, subprocess.SubprocessError):
         names = []
-    found = [(name, source / name) for name in sorted(set(names)) if name] or list(_walk(source))
-    return [(name, path) for name, path in found if path.is_file() and path.stat().st_size <= LARGEST_FILE]
+    found = [(name, source / name) for name in sorted(set(names)) if name] or list(_walk(source, LEFT_OUT))
+    sweeps = {path.parent for name, path in found if path.name == MANIFEST}
+    return [(name, path) for name, path in found if path.is_file() and not sweeps & set(path.parents)]
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
+def _refuse_data(source: Path, contents: list[tuple[str, Path]]) -> None:
+    sizes: Counter[str] = Counter()
+    for name, path in contents:
+        sizes[name.split("/")[0]] += path.stat().st_size
+    if sum(sizes.values()) > LARGEST_COPY:
+        ((largest, size),) = sizes.most_common(1)
+        raise ValueError(
+            f"{source / largest}: {size / 2**20:.0f} MiB among the code, which every sweep copies; "
+            "name it in .gitignore, or move it elsewhere"
+        )
+
+
+def _walk(folder: Path, left_out: Sequence[str] = ()) -> Iterator[tuple[str, Path]]:
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in LEFT_OUT)
+        folders[:] = sorted(name for name in folders if name not in (CACHE, *left_out))
         for name in files:
             path = Path(parent) / name
             yield path.relative_to(folder).as_posix(), path

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
-import os
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ NOT_A_NUMBER, CANCELLED, PRUNED = "NaN", "cancelled", "pruned"
 UNDER_WAY = (PENDING, RUNNING, PREEMPTED)  # as long as the cluster holds it
 BROKEN = (FAILED, KILLED, OUT_OF_MEMORY, TIMED_OUT, NOT_A_NUMBER)
 
-TAIL_BYTES = 256 * 1024  # of metrics.jsonl: enough for an epoch of logged steps
+TAIL_BYTES = 32 * 1024  # of metrics.jsonl, for the last logged step; the last evaluation is looked for further back
+
+LastWords = Callable[[], Mapping[str, str]]  # trial id -> state
 
 # Slurm's last word on a job that left none of its own.
 OF_SLURM = {"OUT_OF_MEMORY": OUT_OF_MEMORY, "TIMEOUT": TIMED_OUT, "DEADLINE": TIMED_OUT, "CANCELLED": CANCELLED}
@@ -63,17 +67,20 @@ class TrialState:
 
 def trial_states(manifest: Manifest, cluster: Cluster) -> dict[str, TrialState]:
     """Trial id -> state, in the order of the manifest."""
-    live, ended = cluster.live(manifest), cluster.ended(manifest)
-    return {trial.id: _state_of(manifest, trial, live, ended.get(trial.id)) for trial in manifest.trials}
+    live = cluster.live(manifest)
+    last_words = cache(lambda: cluster.ended(manifest))  # asked for only if a job has left no word of its own
+    return {trial.id: _state_of(manifest, trial, live, last_words) for trial in manifest.trials}
 
 
-def _state_of(manifest: Manifest, trial: Trial, live: Mapping[str, Live] | None, last_word: str | None) -> TrialState:
+def _state_of(manifest: Manifest, trial: Trial, live: Mapping[str, Live] | None, last_words: LastWords) -> TrialState:
     directory = manifest.directory(trial)
     attempts, status = read_attempts(directory), read_status(directory)
     starts = [attempt for attempt in attempts if isinstance(attempt, Start)]
     held = None if live is None else live.get(trial.id)
     submission = manifest.last_submission(trial)
-    state, reason = _classify(manifest, trial, attempts, status, live, last_word)
+    if starts and status.get("state") != FINISHED and _written(status) < starts[-1].time:
+        status = {**status, "state": None, "reason": None, "exit_code": None}  # these are of an attempt before
+    state, reason = _classify(manifest, trial, attempts, status, live, last_words)
     job = starts[-1].job if starts else submission.jobs.get(trial.id) if submission else None
     host = starts[-1].host if starts else None
     return TrialState(
@@ -89,7 +96,7 @@ def _state_of(manifest: Manifest, trial: Trial, live: Mapping[str, Live] | None,
         job=held.job if held and held.job else job,
         reason=reason,
         exit_code=status.get("exit_code"),
-        traceback=innermost_frame(directory / "train.log", manifest) if state in BROKEN else None,
+        traceback=innermost_frame(directory / "train.log", manifest) if status.get("state") == "failed" else None,
     )
 
 
@@ -99,7 +106,7 @@ def _classify(
     attempts: Sequence[Start | End],
     status: Mapping[str, Any],
     live: Mapping[str, Live] | None,
-    last_word: str | None,
+    last_words: LastWords,
 ) -> tuple[str, str | None]:
     """State and reason."""
     if status.get("state") == "finished":
@@ -123,7 +130,7 @@ def _classify(
         return PENDING, "not submitted; resume submits it"
     if live is None:  # the cluster cannot be asked from here: what the files say
         return (PREEMPTED if ends else RUNNING if current else PENDING), None
-    return _of_silence(current, status, last_word, submission.jobs.get(trial.id))
+    return _of_silence(current, status, last_words().get(trial.id), submission.jobs.get(trial.id))
 
 
 def _ends_of_last_attempt(attempts: Sequence[Start | End]) -> list[End]:
@@ -149,10 +156,10 @@ def _of_end(ends: Sequence[End], status: Mapping[str, Any]) -> tuple[str, str | 
         return CANCELLED, reason
     if end.exit_code == EXIT_PREEMPTED:
         return (TIMED_OUT if end.cause == "time limit" else PREEMPTED), reason or end.cause
-    if end.out_of_memory or "out of memory" in (said or ""):
-        return OUT_OF_MEMORY, reason or "the system ended it for want of memory"
     if end.exit_code == EXIT_NON_FINITE:
         return NOT_A_NUMBER, reason
+    if end.out_of_memory or "out of memory" in (said or ""):
+        return OUT_OF_MEMORY, reason or "the system ended it for want of memory"
     if end.signal is not None:
         return KILLED, reason or f"{end.signal} ended rank {end.rank}"
     return FAILED, reason or f"exit code {end.exit_code} before the run began; see its log"
@@ -174,22 +181,31 @@ def _of_silence(
     return OF_SLURM.get(last_word or "", KILLED), f"its job ended without a word: killed, or the node went down{says}"
 
 
+def _written(status: Mapping[str, Any]) -> float:
+    """When a `status.json` was written [seconds since the epoch, rounded up]; infinity if it does not say."""
+    try:
+        return datetime.strptime(status["updated"], "%Y-%m-%dT%H:%M:%S%z").timestamp() + 1
+    except (KeyError, ValueError):
+        return math.inf
+
+
 # ---------------------------------------------------------------------- files of a run
 
 
 def last_metrics(path: Path) -> dict[str, float]:
-    """The last value of each metric in the last part of a `metrics.jsonl`."""
+    """The last value of each metric in a `metrics.jsonl`: of its last part, and of the last line with an evaluation."""
     metrics: dict[str, float] = {}
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
+        content = path.read_bytes()
     except OSError:
         return metrics
+    last_evaluation = content.rfind(b'"val/')
+    first = content.rfind(b"\n", 0, last_evaluation) + 1 if last_evaluation >= 0 else len(content)
+    lines = [content[first:].partition(b"\n")[0], *content[-TAIL_BYTES:].splitlines()]
     for line in lines:
-        with contextlib.suppress(ValueError):
-            content = json.loads(line)
-            metrics |= {key: value for key, value in content.items() if "/" in key and isinstance(value, int | float)}
+        with contextlib.suppress(ValueError):  # the first may be cut off, and so may the last
+            values = json.loads(line)
+            metrics |= {key: value for key, value in values.items() if "/" in key and isinstance(value, int | float)}
     return metrics
 
 

@@ -43,10 +43,15 @@ class Ended:
     """
 
     exit_code: int | None
-    signal: str | None
-    preempted: bool
-    out_of_memory: bool
-    too_slow: bool
+    signal: str | None = None
+    preempted: bool = False
+    out_of_memory: bool = False
+    too_slow: bool = False
+
+    @property
+    def code(self) -> int:
+        """As a shell puts it: 128 and the number of the signal."""
+        return 128 + signal.Signals[self.signal] if self.signal else self.exit_code or 0
 
 
 def train(
@@ -67,7 +72,7 @@ def train(
     """
     if signals.received:
         when_signalled()
-        return Ended(EXIT_PREEMPTED, None, preempted=True, out_of_memory=False, too_slow=False)
+        return Ended(EXIT_PREEMPTED, preempted=True)
     killed_before = num_killed_for_memory()
     # It ends when its supervisor is killed, and never runs on alone.
     process = subprocess.Popen(
@@ -86,7 +91,8 @@ def train(
         time.sleep(LOOK_EVERY_S)
     code = process.returncode
     died_of_it = bool(signals.received) and -code in SIGNALS  # before it listened
-    starved = num_killed_for_memory() > killed_before and code not in (0, EXIT_PREEMPTED)
+    # Others may share the control group: only a process that was killed can have been the one.
+    starved = code == -signal.SIGKILL and num_killed_for_memory() > killed_before
     return Ended(
         exit_code=code if code >= 0 else None,
         signal=signal.Signals(-code).name if code < 0 else None,

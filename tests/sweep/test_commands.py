@@ -1,0 +1,197 @@
+"""Every command of sweep.py on this machine, as a person types them."""
+
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command_line import assert_same_run
+from sweep_command import SHORT, WorkingCopy, step_of, table, until
+
+from dino.sweep import background
+from dino.sweep.attempts import End, Start, read_attempts
+from dino.sweep.job import LOCK
+from dino.sweep.locks import holder_of
+from dino.sweep.manifest import Manifest
+
+HERE = ["cluster.trials_on_cpu=2", *SHORT]
+LONG = ["trainer.epochs=100", "trainer.max_steps=600", "evaluation.knn.every_epochs=100", "schedule.lr.warmup_epochs=5"]
+MINE = ["allowed_targets=[misbehaving]", "loss._target_=misbehaving.Misbehaving"]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[WorkingCopy]:
+    copy = WorkingCopy.make(tmp_path / "copy")
+    yield copy
+    for path in tmp_path.rglob("manifest.json"):  # what a test has left running
+        manifest = Manifest.read(path.parent)
+        background.stop(manifest)
+        for trial in manifest.trials:
+            supervisor = holder_of(manifest.directory(trial) / LOCK)
+            if supervisor is not None:
+                os.kill(supervisor, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> WorkingCopy:
+    """With a sweep `s` of two trials, of which nothing is submitted."""
+    copy = WorkingCopy.make(tmp_path_factory.mktemp("planned") / "copy")
+    copy.sweep("submit", "--dry-run", "sweep.dir=s", "sweep.seeds=[0,1]", *HERE)
+    return copy
+
+
+def num_starts(manifest: Manifest) -> list[int]:
+    return [
+        sum(isinstance(attempt, Start) for attempt in read_attempts(manifest.directory(trial)))
+        for trial in manifest.trials
+    ]
+
+
+def test_from_submission_to_collection(here: WorkingCopy) -> None:
+    """With no folder named, every command takes the newest sweep."""
+    began = time.monotonic()
+    here.sweep("submit", *HERE, "loss.teacher_temp=0.02,0.03", "sweep.seeds=[0,1]")
+    assert time.monotonic() - began < 30
+    assert here.run("sweep.py", "collect").returncode == 75
+    watched = here.sweep("status", "--watch").stdout
+    assert "4 finished" in watched
+    (folder,) = (here.folder / "outputs/sweeps").iterdir()
+    manifest = Manifest.read(folder)
+    shown = here.sweep("status", COLUMNS="80").stdout
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    assert all(f"{trial.id} " in shown for trial in manifest.trials)
+    assert shown.count("12/12") == shown.count("finished") - 1 == 4
+    assert here.run("sweep.py", "collect").returncode == 0
+    assert [line["state"] for line in table(manifest)] == ["finished"] * 4
+    said = here.sweep("logs", str(folder), "2", "-n", "1").stdout.splitlines()
+    assert re.search(r"002_\w+/train.log$", said[0])
+    assert len(said) == 2
+    assert "left alone  4 finished, 0 under way" in here.sweep("resume").stdout
+    assert num_starts(manifest) == [1] * 4
+
+
+@pytest.mark.slow
+def test_cancelled_trials_go_on_when_resumed(here: WorkingCopy, tmp_path: Path) -> None:
+    """Also from another place, after the sweep has been moved there."""
+    manifest = here.submit(*HERE, *LONG, "sweep.seeds=[0,1,2]")
+    running, waiting = manifest.trials[0], manifest.trials[2]
+    until(lambda: step_of(manifest, running) >= 10)
+    assert "cancelled   2 trials" in here.sweep("cancel", "s", "0", waiting.id).stdout
+    until(lambda: here.states(manifest)[running.id] == "cancelled")
+    assert here.states(manifest)[waiting.id] == "cancelled"
+    assert here.wait(manifest) == dict(
+        zip((trial.id for trial in manifest.trials), ["cancelled", "finished", "cancelled"], strict=True)
+    )
+    assert here.run("sweep.py", "collect", "s").returncode == 1
+    until(lambda: not background.is_running(manifest))
+    shutil.move(here.folder / "s", tmp_path / "moved")
+    moved = Manifest.read(tmp_path / "moved")
+    assert "submitted   2 trials with the code in code:" in here.sweep("resume", str(moved.folder)).stdout
+    assert set(here.wait(moved).values()) == {"finished"}
+    assert num_starts(moved) == [2, 1, 1]
+    assert not (here.folder / "s").exists()
+    code, config = moved.folder / "code", moved.directory(running) / "config.yaml"
+    path = {"PYTHONPATH": f"{code / 'src'}"}
+    whole = here.run(str(code / "train.py"), "--frozen", str(config), f"run_dir={tmp_path / 'whole'}", **path)
+    assert whole.returncode == 0, whole
+    assert_same_run(moved.directory(running), tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_what_failed_runs_the_mended_code_and_nothing_else_does(here: WorkingCopy) -> None:
+    """The loss is part of the copied code; one trial raises in it, one is killed."""
+    (here.folder / "src/dino/misbehaving.py").write_text((here.folder / "mine/misbehaving.py").read_text())
+    kinds = ["fine", "raises", "is_killed"]
+    words = ["loss._target_=dino.misbehaving.Misbehaving", f"+loss.how={','.join(kinds)}"]
+    manifest = here.submit(*HERE, *words)
+    assert list(here.wait(manifest).values()) == ["finished", "failed", "killed"]
+    assert "src/dino/misbehaving.py:27: RuntimeError" in here.sweep("status", "s", COLUMNS="300").stdout
+    module = here.folder / "src/dino/misbehaving.py"
+    module.write_text(module.read_text().replace("if self.count == 5:", "if False:"))
+    here.sweep("resume", "s")
+    assert list(here.wait(manifest).values()) == ["finished", "finished", "killed"]  # the old code kills it again
+    manifest = Manifest.read(manifest.folder)
+    assert [snapshot.folder for snapshot in manifest.snapshots] == ["code", "code_2"]
+    here.sweep("resume", "s", "--code", "current")
+    assert set(here.wait(manifest).values()) == {"finished"}
+    assert num_starts(manifest) == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_later_end_is_not_taken_for_an_earlier_one(here: WorkingCopy) -> None:
+    """It raises, then it is killed: neither the class nor the reason of before is left."""
+    manifest = here.submit(*HERE, *MINE, "+loss.how=raises")
+    (trial,) = manifest.trials
+    assert here.wait(manifest) == {trial.id: "failed"}
+    module = here.folder / "mine/misbehaving.py"
+    module.write_text(module.read_text().replace("raise RuntimeError(", "os.kill(os.getpid(), 9) #"))
+    here.sweep("resume", "s")
+    assert here.wait(manifest) == {trial.id: "killed"}
+    told = here.statuses(manifest)[trial.id]
+    assert told["reason"] == "SIGKILL ended rank 0"
+    assert told["traceback"] is None
+
+
+@pytest.mark.slow
+def test_a_trial_that_fails_can_be_tried_again_or_stop_the_others(here: WorkingCopy) -> None:
+    again = here.submit(*HERE, *MINE, "+loss.how=raises", "sweep.on_failure=retry:2", name="again")
+    assert set(here.wait(again).values()) == {"failed"}
+    assert num_starts(again) == [3]
+    stop = ["+loss.how=raises,fine", *LONG, "sweep.on_failure=stop", "sweep.seeds=[0,1]"]
+    stopped = here.submit(*HERE, *MINE, *stop, name="stopped")
+    states = list(here.wait(stopped).values())
+    assert "failed" in states
+    assert set(states[2:]) == {"cancelled"}
+    ends = [attempt for attempt in read_attempts(stopped.directory(stopped.trials[3])) if isinstance(attempt, End)]
+    assert ends == []  # it never began
+
+
+@pytest.mark.slow
+def test_a_dry_run_freezes_and_shows_and_submits_nothing(here: WorkingCopy) -> None:
+    result = here.sweep("submit", "--dry-run", "sweep.dir=s", *HERE, "sweep.seeds=[0,1]")
+    manifest = Manifest.read(here.folder / "s")
+    shown = [line for line in result.stdout.splitlines() if "dino.sweep.job" in line]
+    assert [trial.id in line for trial, line in zip(manifest.trials, shown, strict=True)] == [True, True]
+    assert set(here.states(manifest).values()) == {"pending"}
+    assert here.run("sweep.py", "collect", "s").returncode == 1
+    assert not background.is_running(manifest)
+    here.sweep("resume", "s")
+    assert set(here.wait(manifest).values()) == {"finished"}
+
+
+@pytest.mark.slow
+def test_two_who_resume_at_once_start_nothing_twice(here: WorkingCopy) -> None:
+    manifest = here.submit("--dry-run", *HERE, "sweep.seeds=[0,1,2]")
+    both = [here.start("sweep.py", "resume", "s") for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert set(here.wait(manifest).values()) == {"finished"}
+    assert num_starts(manifest) == [1] * 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["status", "nowhere"], "no sweep is here (manifest.json is missing)"),
+        (["status"], "outputs/sweeps: no sweep is here; name the folder of one, or submit one"),
+        (["logs", "s", "99"], "99: no such trial in"),
+        (["cancel", "s", "third"], "third: no such trial in"),
+        (["resume", "s", "000_00000000"], "000_00000000: no such trial in"),
+        (["logs", "s", "-f"], "--follow: name one trial"),
+        (["resume", "s", "--code", "old"], "'old' is not one of"),
+        (["submit", "sweep.dir=s"], "a sweep is there already; sweep.py resume goes on with it"),
+        (["submit", "cluster=slurm"], "cluster=slurm: sbatch is not on this machine"),
+        (["submit", "cluster=debug", "sweep.search=optuna", "sweep.num_trials=2"], "use cluster=local"),
+        (["submit", "sweep.search=optuna", "sweep.num_trials=2", "optimizer.lr=interval(1"], "cannot be read"),
+        (["submit", "cluster.trials_per_device=0"], "cluster.trials_per_device=0: use a whole number of at least 1"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_sentence(words: list[str], said: str, planned: WorkingCopy) -> None:
+    result = planned.run("sweep.py", *words, PATH="/nowhere")
+    assert result.returncode == 2, result
+    assert said in " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())
+    assert "Traceback" not in result.stderr
