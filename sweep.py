@@ -42,7 +42,7 @@ def status(
 def logs(
     sweep: Sweep = None,
     trials: Trials = None,
-    lines: Annotated[int, typer.Option("-n", help="how many lines of each log")] = 10,
+    lines: Annotated[int, typer.Option("-n", min=1, help="how many lines of each log")] = 10,
     follow: Annotated[bool, typer.Option("-f", help="go on with what one trial writes")] = False,
 ) -> None:
     """Shows the end of the logs."""

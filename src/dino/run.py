@@ -211,10 +211,10 @@ def exit_code(error: BaseException) -> int:
 def read_status(directory: Path) -> dict[str, Any]:
     """The `status.json` of a run directory; empty where there is none."""
     try:
-        status: dict[str, Any] = json.loads((directory / "status.json").read_text())
+        status = json.loads((directory / "status.json").read_text())
     except (OSError, ValueError):
         return {}
-    return status
+    return status if isinstance(status, dict) else {}
 
 
 def write_json(path: Path, value: Any, *, durable: bool = False) -> None:

@@ -165,8 +165,7 @@ def test_written_twice_the_bytes_are_the_same(sweep: Sweep, written: Results) ->
     assert not list(manifest.folder.glob(".*.*")), "a temporary file is left"
 
 
-def test_the_terminal_shows_all_of_it_in_80_columns(sweep: Sweep, written: Results) -> None:
-    manifest, _ = sweep
+def test_the_terminal_shows_all_of_it_in_80_columns(written: Results) -> None:
     text = printed(written)
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "12 trials of 6 settings: 1 NaN, 1 failed, 8 finished, 1 pending, 1 running." in " ".join(text.split())
@@ -177,7 +176,6 @@ def test_the_terminal_shows_all_of_it_in_80_columns(sweep: Sweep, written: Resul
     wide = printed(written, 400)
     assert TRACEBACK in wide
     assert REASON in wide
-    assert content(manifest.folder)["best"]["command"] in printed(written, 4000)
 
 
 # ---------------------------------------------------------------------- whatever there is

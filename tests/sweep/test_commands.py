@@ -1,5 +1,6 @@
 """Every command of sweep.py on this machine, as a person types them."""
 
+import json
 import os
 import re
 import shutil
@@ -65,7 +66,10 @@ def test_from_submission_to_collection(here: WorkingCopy) -> None:
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert all(f"{trial.id} " in shown for trial in manifest.trials)
     assert shown.count("12/12") == shown.count("finished") - 1 == 4
-    assert here.run("sweep.py", "collect").returncode == 0
+    collected = here.run("sweep.py", "collect", COLUMNS="80")
+    assert collected.returncode == 0, collected
+    best = json.loads((folder / "results.json").read_text())["best"]["command"]
+    assert best in collected.stdout.splitlines()  # in one line, to be pasted
     assert [line["state"] for line in table(manifest)] == ["finished"] * 4
     said = here.sweep("logs", str(folder), "2", "-n", "1").stdout.splitlines()
     assert re.search(r"002_\w+/train.log$", said[0])
@@ -178,6 +182,20 @@ def test_two_who_resume_at_once_start_nothing_twice(here: WorkingCopy) -> None:
     [
         (["status", "nowhere"], "no sweep is here (manifest.json is missing)"),
         (["status"], "outputs/sweeps: no sweep is here; name the folder of one, or submit one"),
+        (["submit", "seed=1"], "write sweep.seeds=[1]"),
+        (["submit", "backbone=glob(vit*)"], "write the options themselves"),
+        (["submit", "sweep.dir=/proc/x"], "sweep.dir=/proc/x: this folder cannot be made"),
+        (["submit", "sweep.name=a/b"], "sweep.name=a/b: use a word without a slash"),
+        (["submit", "sweep.search=optuna", "sweep.num_trials=2"], "a search needs something to vary"),
+        (
+            ["submit", "sweep.search=optuna", "sweep.num_trials=2", "loss.teacher_tmp=interval(0.1,1)"],
+            "did you mean loss.teacher_temp?",
+        ),
+        (
+            ["submit", "sweep.search=optuna", "sweep.num_trials=2", "loss.teacher_temp=interval(-1,1)"],
+            "loss.teacher_temp=-1.0: use a number above 0",
+        ),
+        (["submit", "optimizer.lr=1,2", "optimizer.lr=3"], "optimizer.lr: given twice"),
         (["logs", "s", "99"], "99: no such trial in"),
         (["cancel", "s", "third"], "third: no such trial in"),
         (["resume", "s", "000_00000000"], "000_00000000: no such trial in"),
@@ -195,3 +213,18 @@ def test_what_cannot_be_done_is_said_in_a_sentence(words: list[str], said: str, 
     assert result.returncode == 2, result
     assert said in " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())
     assert "Traceback" not in result.stderr
+
+
+def test_a_damaged_file_of_one_trial_hides_no_other(planned: WorkingCopy) -> None:
+    manifest = Manifest.read(planned.folder / "s")
+    directory = manifest.directory(manifest.trials[0])
+    for name in ("attempts.jsonl", "metrics.jsonl", "status.json", "training_summary.json"):
+        (directory / name).write_bytes(b'[]\n{}\n\xff\xfe\x00 no text\n{"step": 3, "val/knn_to')
+    shown = planned.run("sweep.py", "status", "s")
+    assert shown.returncode == 0, shown
+    assert manifest.trials[1].id in shown.stdout
+    (directory / "training_summary.json").write_text("[]")
+    (directory / "status.json").write_text("[]")
+    collected = planned.run("sweep.py", "collect", "s")
+    assert collected.returncode == 1, collected
+    assert "Traceback" not in collected.stderr

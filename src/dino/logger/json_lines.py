@@ -90,13 +90,15 @@ class JSONLinesLogger(Logger):
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut short by a crash is left out."""
+    """The lines of a `metrics.jsonl`; one that was cut short by a crash, or damaged, is left out."""
     lines: list[dict[str, Any]] = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
-            break
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
     return lines
 
 

@@ -1,5 +1,6 @@
 """`attempts.jsonl` of a trial: one line when a job begins to work on it, one when that ends. Never rewritten."""
 
+import contextlib
 import json
 import os
 import time
@@ -72,19 +73,16 @@ def record(directory: Path, attempt: Attempt) -> None:
 
 
 def read_attempts(directory: Path) -> Sequence[Attempt]:
-    """All lines in order; a line that was cut off is left out."""
+    """All lines in order; one that was cut off or damaged is left out."""
     attempts: list[Attempt] = []
     try:
-        lines = (directory / ATTEMPTS).read_text().splitlines()
+        lines = (directory / ATTEMPTS).read_text(errors="replace").splitlines()
     except OSError:
         return attempts
     for line in lines:
-        try:
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             content = json.loads(line)
-        except ValueError:
-            continue
-        kind = content.pop("event")
-        attempts.append(Start(**content) if kind == "start" else End(**content))
+            attempts.append(Start(**content) if content.pop("event") == "start" else End(**content))
     return attempts
 
 

@@ -209,7 +209,7 @@ def _row(manifest: Manifest, state: TrialState, metric: str, maximize: bool) -> 
 def _train_time_s(directory: Path) -> float | None:
     try:
         seconds: float = json.loads((directory / "training_summary.json").read_text())["train_time_s"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return seconds
 

@@ -1,6 +1,7 @@
 """What the commands of sweep.py do: they read the manifest and the files of the trials, whoever submitted them."""
 
 import contextlib
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
@@ -12,6 +13,7 @@ from rich.live import Live as LiveDisplay
 
 from dino.exits import EXIT_FAILED, EXIT_PREEMPTED
 from dino.sweep import background
+from dino.sweep.cluster import Cluster
 from dino.sweep.clusters import cluster_of
 from dino.sweep.collect import collect as collected
 from dino.sweep.freeze import SEARCH, plan
@@ -61,7 +63,8 @@ def find(sweep: Path | None) -> Manifest:
 def chosen(manifest: Manifest, names: Sequence[str]) -> list[Trial]:
     """The trials of these ids or numbers; all of them where none is named."""
     by_number = {str(int(trial.id.split("_")[0])): trial for trial in manifest.trials}
-    return [by_number.get(name.lstrip("0") or "0") or manifest.trial(name) for name in names] or manifest.trials
+    named = [by_number.get(name.lstrip("0") or "0") or manifest.trial(name) for name in names]
+    return [trial for trial in manifest.trials if trial in named] or manifest.trials
 
 
 def submit(words: Sequence[str], *, dry_run: bool) -> None:
@@ -83,23 +86,23 @@ def submit(words: Sequence[str], *, dry_run: bool) -> None:
         else:
             cluster.submit(manifest, manifest.trials, snapshot=0)
     num_trials = manifest.sweep["num_trials"] if _searches(manifest) else len(manifest.trials)
-    _say(f"submitted   {num_trials} trials")
+    _say(f"submitted   {_count(num_trials)}")
     _say(f"sweep       {_shown(manifest.folder)}")
     for command in ("status", "logs", "cancel", "resume", "collect"):
-        _say(f"            python sweep.py {command} {_shown(manifest.folder)}")
+        _say(f"            python sweep.py {command} {shlex.quote(_shown(manifest.folder))}")
 
 
 def status(manifest: Manifest, *, watch: bool, every_s: float = 2.0) -> None:
     """Prints the table of all trials; with `watch` again and again, until no trial is under way."""
     cluster = cluster_of(manifest)
     if not watch:
-        console.print(status_table(manifest, trial_states(manifest, cluster)))
+        console.print(status_table(manifest, trial_states(manifest, cluster), console.width))
         return
     with LiveDisplay(console=console, auto_refresh=False) as display:
         while True:
             manifest = Manifest.read(manifest.folder)
             states = trial_states(manifest, cluster)
-            display.update(status_table(manifest, states), refresh=True)
+            display.update(status_table(manifest, states, console.width), refresh=True)
             if not _goes_on(manifest, states):
                 return
             time.sleep(every_s)
@@ -111,11 +114,11 @@ def cancel(manifest: Manifest, names: Sequence[str]) -> None:
     with manifest.locked():
         if _searches(manifest) and not names:
             background.stop(manifest)  # or it would begin others
-        states = trial_states(manifest, cluster)
+        states = _known_states(manifest, cluster)
         trials = [trial for trial in chosen(manifest, names) if states[trial.id].state in UNDER_WAY]
         manifest.mark_cancelled(trials, "by sweep.py cancel")
         cluster.cancel(manifest, trials)
-    _say(f"cancelled   {len(trials)} trials")
+    _say(f"cancelled   {_count(len(trials))}; those that run save and stop")
 
 
 def resume(manifest: Manifest, names: Sequence[str], code: Code) -> None:
@@ -127,23 +130,39 @@ def resume(manifest: Manifest, names: Sequence[str], code: Code) -> None:
     cluster = cluster_of(manifest)
     cluster.check()
     with manifest.locked():
-        states = trial_states(manifest, cluster)
-        if any(state.held is None for state in states.values()):
-            raise ValueError(
-                f"{manifest.folder}: whether its trials still run cannot be asked from here; try where they do"
-            )
+        states = _known_states(manifest, cluster)
         open_trials = [trial for trial in chosen(manifest, names) if _may_run(states[trial.id])]
         for trial in open_trials:
+            config = manifest.directory(trial) / "config.yaml"
+            if not config.is_file():
+                raise ValueError(f"{config}: the frozen config is gone; name other trials, or submit a new sweep")
             manifest.unmark_cancelled(trial)
         for snapshot, trials in _by_code(manifest, open_trials, states, code):
             cluster.submit(manifest, trials, snapshot)
             folder = manifest.snapshots[snapshot].folder
-            _say(f"submitted   {len(trials)} trials with the code in {folder}: {', '.join(t.id for t in trials)}")
+            _say(f"submitted   {_count(len(trials))} with the code in {folder}: {', '.join(t.id for t in trials)}")
         if _searches(manifest):
             background.ensure_running(manifest)
     held = sum(bool(state.held) for state in states.values())
     finished = sum(state.state == FINISHED for state in states.values())
     _say(f"left alone  {finished} finished, {held} under way")
+    stopping = [trial.id for trial in manifest.trials if states[trial.id].held and manifest.cancelled(trial)]
+    if stopping:
+        _say(f"stopping    {', '.join(stopping)}; resume again when they have")
+
+
+def _known_states(manifest: Manifest, cluster: Cluster) -> dict[str, TrialState]:
+    """Raises `ValueError` where nobody can say what runs."""
+    states = trial_states(manifest, cluster)
+    if any(state.held is None for state in states.values()):
+        raise ValueError(
+            f"{manifest.folder}: whether its trials run cannot be asked from here and now; try where they do"
+        )
+    return states
+
+
+def _count(number: int) -> str:
+    return f"{number} trial" if number == 1 else f"{number} trials"
 
 
 def _searches(manifest: Manifest) -> bool:
@@ -232,6 +251,10 @@ def collect(manifest: Manifest) -> int:
     results = collected(manifest, states)
     files = write(results)
     console.print(terminal_report(results))
+    if results.best_row is not None:
+        commit = results.best_row.snapshot.commit if results.best_row.snapshot else "unknown"
+        _say(f"The best again (code: {commit}):")
+        print(results.best_row.command)
     _say(f"files       {_shown(manifest.folder)}: {', '.join(path.name for path in files)}")
     if _goes_on(manifest, states):
         return EXIT_PREEMPTED

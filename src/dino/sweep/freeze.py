@@ -15,7 +15,7 @@ from dino.messages import ConfigError, show
 from dino.overrides import parsed
 from dino.sweep.clusters import built
 from dino.sweep.manifest import MANIFEST, Manifest, Trial, refuse_without_locks
-from dino.sweep.plan import Point, Sweep, axes_of, points_of
+from dino.sweep.plan import Point, Sweep, axes_of, points_of, probes_of
 from dino.sweep.snapshot import take_snapshot
 from dino.validation import checked, target_problems
 
@@ -68,6 +68,8 @@ def read_request(words: Sequence[str]) -> Request:
     assert isinstance(settings, dict)
     taken = {key for key, _ in [*typed, *axes]}
     kept = [axis.line for axis in axes_of(settings["axes"]) if axis.key not in taken]
+    twice = {key for key, _ in typed} & {key for key, _ in axes}
+    problems += [f"{key}: given twice; write it once, with all its values" for key in sorted(twice)]
     zipped = {axis.key: group for group in settings["zipped"] for axis in axes_of(group)}
     for key in sorted(taken & set(zipped)):
         problems.append(f"{key}: sweep.zipped={show(zipped[key])} varies it; change that, or leave {key} out")
@@ -108,14 +110,19 @@ def plan(words: Sequence[str]) -> tuple[Manifest, list[str]]:
     )
     points = [] if searches else points_of(request.sweep)
     existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError([f"sweep.dir={folder}: this folder cannot be made ({error.strerror})"]) from None
     try:
         refuse_without_locks(folder)
         if searches:
             from dino.sweep.search import open_study  # optuna takes a second
 
             open_study(folder, manifest.sweep)
-        warnings = freeze(manifest, points)
+            _, warnings = composed(manifest.base, probes_of(request.sweep))
+        else:
+            warnings = freeze(manifest, points)
         take_snapshot(manifest)
         (folder / "jobs").mkdir(exist_ok=True)
         manifest.write()
@@ -132,12 +139,28 @@ def freeze(manifest: Manifest, points: Sequence[Point]) -> list[str]:
     Raises:
         ConfigError: with the problems of all points; nothing is added then.
     """
+    configs, warnings = composed(manifest.base, points)
+    trials = [_trial(manifest, point, config, n) for n, (point, config) in enumerate(zip(points, configs, strict=True))]
+    _refuse_doubles([*manifest.trials, *trials])
+    for trial, config in zip(trials, configs, strict=True):
+        manifest.directory(trial).mkdir(exist_ok=True)  # of a controller that was killed before it wrote the manifest
+        save_config(config, manifest.directory(trial))
+    manifest.trials += trials
+    return warnings
+
+
+def composed(base: Sequence[str], points: Sequence[Point]) -> tuple[list[DictConfig], list[str]]:
+    """The config of every point, checked, and warnings.
+
+    Raises:
+        ConfigError: with the problems of all points.
+    """
     configs: list[DictConfig] = []
     problems: list[str] = []
     warnings: list[str] = []
     for point in points:
         try:
-            config, said = checked([*manifest.base, *point.overrides], targets=False)
+            config, said = checked([*base, *point.overrides], targets=False)
         except ConfigError as error:
             problems += error.problems
         else:
@@ -146,13 +169,7 @@ def freeze(manifest: Manifest, points: Sequence[Point]) -> list[str]:
     problems = problems or [problem for config in configs for problem in target_problems(config)]
     if problems:
         raise ConfigError(problems)
-    trials = [_trial(manifest, point, config, n) for n, (point, config) in enumerate(zip(points, configs, strict=True))]
-    _refuse_doubles([*manifest.trials, *trials])
-    for trial, config in zip(trials, configs, strict=True):
-        manifest.directory(trial).mkdir(exist_ok=True)  # of a controller that was killed before it wrote the manifest
-        save_config(config, manifest.directory(trial))
-    manifest.trials += trials
-    return list(dict.fromkeys(warnings))
+    return configs, list(dict.fromkeys(warnings))
 
 
 def _trial(manifest: Manifest, point: Point, config: DictConfig, position: int) -> Trial:

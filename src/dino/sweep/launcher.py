@@ -79,6 +79,12 @@ class SlurmArrays(ClusterLauncher):
     def run(self, cluster: Any, points: Sequence[Point]) -> list[str | None]:
         from submitit.core.utils import FailedJobError
 
+        from dino.sweep.slurm import SlurmCluster
+
+        if not isinstance(cluster, SlurmCluster):
+            raise ValueError(
+                "hydra/launcher=slurm: its jobs are those of cluster=slurm, or of a site's file that builds on it"
+            )
         cluster.check()
         jobs: list[Any] = []
         for part in cluster.arrays(points):
@@ -149,6 +155,10 @@ class LocalPool(ClusterLauncher):
     """
 
     def run(self, cluster: Any, points: Sequence[Point]) -> list[str | None]:
+        from dino.sweep.local import LocalCluster
+
+        if not isinstance(cluster, LocalCluster):
+            raise ValueError("hydra/launcher=local: its processes are those of cluster=local; leave cluster=... out")
         free: list[str | None] = cluster.slots()
         num_threads = cluster.num_threads(len(free))
         waiting = list(points)

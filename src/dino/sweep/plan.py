@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.core.override_parser.types import IntervalSweep, Override, QuotedString
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, QuotedString
 
 from dino.messages import ConfigError, show
 from dino.overrides import parsed
@@ -45,6 +45,10 @@ class Sweep:
             raise ConfigError(problems)
 
     def _problems(self) -> Iterator[str]:
+        if not self.name or "/" in self.name:
+            yield f"sweep.name={self.name}: use a word without a slash; sweep.dir says where the sweep lies"
+        if not self.dir:
+            yield "sweep.dir: the path of a new folder is needed"
         word, colon, times = self.on_failure.partition(":")
         if not (self.on_failure in ("continue", "stop") or (word == "retry" and colon and times.isdecimal())):
             yield f"sweep.on_failure={self.on_failure}: use continue, stop or retry:k, such as retry:2"
@@ -97,6 +101,13 @@ class Axis:
             return [self.line]
         return [f"{self.override.get_key_element()}={value}" for value in self.override.sweep_string_iterator()]
 
+    def probes(self) -> list[str]:
+        """`key=value` of both ends of an interval, or of all values."""
+        interval = self.override.value()
+        if isinstance(interval, IntervalSweep):
+            return [f"{self.key}={interval.start}", f"{self.key}={interval.end}"]
+        return self.assignments()
+
     def draw(self, generator: random.Random) -> str:
         """One `key=value`: uniform, for an interval tagged `log` uniform in its logarithm."""
         interval = self.override.value()
@@ -119,8 +130,14 @@ def axes_of(lines: Sequence[str]) -> list[Axis]:
         if override.is_delete() or override.is_hydra_override():
             problems.append(f"{line}: this cannot be an axis; write key=a,b,c")
         interval = override.value()
-        if isinstance(interval, IntervalSweep) and "log" in interval.tags and float(interval.start or 0) <= 0:
-            problems.append(f"{line}: a logarithmic interval starts above 0")
+        if isinstance(interval, Glob):
+            problems.append(f"{line}: write the options themselves, as {override.key_or_group}=a,b,c")
+        if isinstance(interval, IntervalSweep):
+            low, high = float(interval.start or 0), float(interval.end or 0)
+            if low >= high:
+                problems.append(f"{line}: an interval goes from the smaller to the larger number")
+            elif "log" in interval.tags and low <= 0:
+                problems.append(f"{line}: a logarithmic interval starts above 0")
     keys = [str(override.key_or_group) for override in overrides]
     problems += [f"{key}: this axis is there twice" for key in sorted({key for key in keys if keys.count(key) > 1})]
     if "seed" in keys:
@@ -128,6 +145,24 @@ def axes_of(lines: Sequence[str]) -> list[Axis]:
     if problems:
         raise ConfigError(problems)
     return [Axis(override) for override in overrides]
+
+
+def probes_of(sweep: Sweep) -> list[Point]:
+    """What of a search can be checked ahead of it: each end or choice of an axis, with the first of the others.
+
+    Raises:
+        ConfigError: for axes that cannot be read, or none.
+    """
+    axes = axes_of(sweep.axes)
+    if not axes:
+        raise ConfigError(
+            ["sweep.axes: a search needs something to vary, such as 'optimizer.lr=interval(0.0005,0.002)'"]
+        )
+    firsts = [axis.probes()[0] for axis in axes]
+    chosen = [tuple(firsts)]
+    for place, axis in enumerate(axes):
+        chosen += [(*firsts[:place], other, *firsts[place + 1 :]) for other in axis.probes()[1:]]
+    return [point_of(words, sweep.seeds[0]) for words in chosen]
 
 
 def points_of(sweep: Sweep) -> list[Point]:

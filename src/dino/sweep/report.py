@@ -149,9 +149,6 @@ def terminal_report(results: Results) -> Group:
     broken = [row for row in results.rows if row.state.reason and not row.finished]
     if broken:
         parts.append(_reasons_table(broken))
-    if results.best_row is not None:
-        commit = f"  # code: {results.best_row.snapshot.commit}" if results.best_row.snapshot else ""
-        parts += [Text("The best again:"), Text(f"  {results.best_row.command}{commit}", overflow="fold")]
     return Group(*parts)
 
 

@@ -203,7 +203,7 @@ def last_metrics(path: Path) -> dict[str, float]:
     first = content.rfind(b"\n", 0, last_evaluation) + 1 if last_evaluation >= 0 else len(content)
     lines = [content[first:].partition(b"\n")[0], *content[-TAIL_BYTES:].splitlines()]
     for line in lines:
-        with contextlib.suppress(ValueError):  # the first may be cut off, and so may the last
+        with contextlib.suppress(ValueError, AttributeError):  # the first may be cut off, and so may the last
             values = json.loads(line)
             metrics |= {key: value for key, value in values.items() if "/" in key and isinstance(value, int | float)}
     return metrics

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Column, Table
@@ -14,13 +15,17 @@ from dino.sweep.states import BROKEN, FINISHED, RUNNING, TrialState
 COLOURS = {FINISHED: "green", RUNNING: "cyan", **dict.fromkeys(BROKEN, "red")}
 
 
-def status_table(manifest: Manifest, states: Mapping[str, TrialState]) -> RenderableType:
+ROOMY = 100  # characters; in fewer the speed is left out
+
+
+def status_table(manifest: Manifest, states: Mapping[str, TrialState], width: int) -> RenderableType:
     """One row a trial, then how many there are of each state, then why trials are not finished."""
     keys = list(dict.fromkeys(key for trial in manifest.trials for key in trial.settings))
     metric = manifest.sweep["metric"]
     several_nodes = len({state.host for state in states.values() if state.host}) > 1
     restarted = any(state.restarts for state in states.values())
-    numbers = ["images/s", metric.rpartition("/")[2], *(["restarts"] if restarted else [])]
+    with_speed = width >= ROOMY
+    numbers = [*(["images/s"] if with_speed else []), metric.rpartition("/")[2], *(["restarts"] if restarted else [])]
     table = Table(
         Column("trial", no_wrap=True),
         *(Column(short(key, keys), overflow="fold") for key in keys),
@@ -36,11 +41,11 @@ def status_table(manifest: Manifest, states: Mapping[str, TrialState]) -> Render
         trial = state.trial
         table.add_row(
             trial.id,
-            *(show(trial.settings.get(key, "")) for key in keys),
+            *(_rounded(trial.settings.get(key, "")) for key in keys),
             str(trial.seed),
             Text(state.state, style=COLOURS.get(state.state, "yellow")),
             _step(state),
-            _number(state.images_per_s, "{:,.0f}"),
+            *([_number(state.images_per_s, "{:,.0f}")] if with_speed else []),
             _number(state.metrics.get(metric), "{:.4g}"),
             *([str(state.restarts or "")] if restarted else []),
             *([state.host or ""] if several_nodes else []),
@@ -52,6 +57,8 @@ def status_table(manifest: Manifest, states: Mapping[str, TrialState]) -> Render
         for state in states.values()
         if state.reason and state.state not in (FINISHED, RUNNING)
     ]
+    if any(state.held is None for state in states.values()):
+        reasons.insert(0, "the cluster does not answer from here: this is what the files say")
     return Group(table, Text(totals), *(Text(line, overflow="fold") for line in reasons))
 
 
@@ -65,6 +72,10 @@ def _step(state: TrialState) -> str:
     if state.step is None:
         return ""
     return f"{state.step}/{state.total_steps}" if state.total_steps else str(state.step)
+
+
+def _rounded(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else show(value)
 
 
 def _number(value: float | None, form: str) -> str:
