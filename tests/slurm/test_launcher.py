@@ -33,9 +33,9 @@ def test_one_point_that_fails_leaves_the_others_their_results(here: WorkingCopy,
     assert result.stderr.splitlines()[0] == "2 of the points failed:"
     raised, killed = result.stderr.splitlines()[1:3]
     assert "  #0 " in raised
-    assert "+loss.how=raises " in raised
+    assert "+loss.how=raises: " in raised
     assert ": RuntimeError: exit code 1; see " in raised
-    assert "+loss.how=is_killed " in killed
+    assert "+loss.how=is_killed: " in killed
     assert ": no result; Slurm says FAILED; see " in killed
     jobs = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("job ")]
     assert [last_word(slurm, job) for job in jobs] == ["FAILED", "COMPLETED", "FAILED", "COMPLETED"]

@@ -159,6 +159,7 @@ def test_code_that_differs_gets_a_copy_of_its_own(planned: Manifest, tmp_path: P
         (["backbone=vit_s16,vit_x"], "backbone=vit_x: no such option"),
         (["loss.teacher_temp=0.04,0.04"], "are the same training"),
         (["trainer.max_steps=3,4"], "vary settings that change results"),
+        (["sweep.seeds=0,1"], "a list: 'sweep.seeds=[0,1]'"),
         (["seed=3"], "write sweep.seeds=[3]"),
         (
             ["ema.momentum=1", "sweep.zipped=[['ema.momentum=0.9,1']]"],

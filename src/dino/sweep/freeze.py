@@ -55,6 +55,8 @@ def read_request(words: Sequence[str]) -> Request:
         elif override.is_hydra_override():
             problems.append(f"{line}: sweep.py does not go through Hydra's launchers; choose cluster=...")
         elif key.split(".")[0] in NOT_OF_A_TRIAL:
+            if override.is_sweep_override():
+                problems.append(f"{line}: one value is needed, or a list: '{key}=[{line.partition('=')[2]}]'")
             own.append(line)
         else:
             (axes if override.is_sweep_override() else typed).append((key, line))
