@@ -26,7 +26,8 @@ def slurm() -> Iterator[dict[str, str]]:
     folder = tempfile.mkdtemp(prefix="slurm-")  # a short path: it holds sockets
     own = {"SLURMLAB_DIR": folder, "SLURMLAB_OWNER": str(os.getpid())}
     extra = Path(folder, "extra.conf")
-    extra.write_text("MaxArraySize=25\n")  # as many tasks in an array, so that a sweep of 60 trials needs three
+    # As many tasks in an array, so that a sweep of 60 trials needs three; and the partition that the README names.
+    extra.write_text("MaxArraySize=25\nPartitionName=gpu Nodes=ALL MaxTime=INFINITE State=UP\n")
     environment = {**os.environ, **own, "SLURMLAB_EXTRA": str(extra)}
     try:
         up = subprocess.run(

@@ -1,9 +1,11 @@
 """Hydra's own way to a sweep: `python train.py -m hydra/launcher=slurm`, on a real Slurm."""
 
+import re
 import subprocess
 from pathlib import Path
 
-from command_line import assert_same_run, finish, metrics, status
+from command_line import REPOSITORY, assert_same_run, finish, metrics, status
+from omegaconf import OmegaConf
 from sweep_command import SHORT, WorkingCopy, squeue, until
 
 from dino.run import read_status
@@ -39,6 +41,17 @@ def test_one_point_that_fails_leaves_the_others_their_results(here: WorkingCopy,
     assert ": no result; Slurm says FAILED; see " in killed
     jobs = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("job ")]
     assert [last_word(slurm, job) for job in jobs] == ["FAILED", "COMPLETED", "FAILED", "COMPLETED"]
+
+
+def test_the_command_of_the_readme(here: WorkingCopy) -> None:
+    """Word by word, and then only smaller."""
+    (line,) = re.findall(r"`python (train.py -m hydra/launcher=slurm [^`]+)`", (REPOSITORY / "README.md").read_text())
+    result = here.run(*line.split(), *SHORT)
+    assert result.returncode == 0, result
+    (sweep,) = (here.folder / "outputs/sweeps").iterdir()
+    assert [status(sweep / name)["state"] for name in "01"] == ["finished", "finished"]
+    temperatures = [OmegaConf.load(sweep / name / "config.yaml").loss.teacher_temp for name in "01"]
+    assert temperatures == [0.04, 0.07]
 
 
 def test_a_point_that_is_stopped_comes_back_and_ends_as_if_it_had_not_been(

@@ -228,3 +228,23 @@ def test_a_damaged_file_of_one_trial_hides_no_other(planned: WorkingCopy) -> Non
     collected = planned.run("sweep.py", "collect", "s")
     assert collected.returncode == 1, collected
     assert "Traceback" not in collected.stderr
+
+
+@pytest.mark.slow
+def test_a_search_from_submission_to_collection(here: WorkingCopy) -> None:
+    """Watching lasts as long as it chooses trials; cancelled, it goes on when it is resumed."""
+    axes = ["optimizer.lr=tag(log,interval(0.01,0.1))", "loss.teacher_temp=0.02,0.03"]
+    manifest = here.submit(*HERE, "sweep.search=optuna", "sweep.num_trials=4", "sweep.max_parallel=2", *axes)
+    assert here.run("sweep.py", "collect", "s").returncode == 75
+    until(lambda: Manifest.read(manifest.folder).trials)
+    until(lambda: step_of(manifest, Manifest.read(manifest.folder).trials[0]) >= 0)
+    here.sweep("cancel", "s")
+    until(lambda: here.run("sweep.py", "collect", "s").returncode != 75)
+    begun = len(Manifest.read(manifest.folder).trials)
+    assert 0 < begun < 4
+    here.sweep("resume", "s")
+    assert "4 finished" in here.sweep("status", "s", "--watch").stdout
+    assert here.run("sweep.py", "collect", "s").returncode == 0
+    chosen = [trial.settings for trial in Manifest.read(manifest.folder).trials]
+    assert all(0.01 <= settings["optimizer.lr"] <= 0.1 for settings in chosen)
+    assert len({settings["optimizer.lr"] for settings in chosen}) == 4
