@@ -97,10 +97,10 @@ def test_each_failure_has_its_class_and_disturbs_no_other(here: WorkingCopy, slu
 
 def test_a_time_limit_shorter_than_the_run_is_no_end_of_it(here: WorkingCopy, tmp_path: Path) -> None:
     """With the settings of conf/cluster/slurm.yaml but for the limit itself."""
-    pace = ["trainer.max_steps=3000", "trainer.epochs=500", "evaluation.knn.every_epochs=500", "dataset.num_workers=4"]
+    pace = ["trainer.max_steps=1500", "trainer.epochs=250", "evaluation.knn.every_epochs=250", "dataset.num_workers=4"]
     manifest = here.submit("cluster=slurm", "cluster.time_min=1", *SHORT, *pace, "trainer.save_every_steps=100000")
     (trial,) = manifest.trials
-    assert here.wait(manifest, timeout=500) == {trial.id: "finished"}
+    assert here.wait(manifest, timeout=900) == {trial.id: "finished"}
     assert len(starts(manifest, trial)) > 1
     assert len({start.job for start in starts(manifest, trial)}) == 1
     assert_same_run(manifest.directory(trial), uninterrupted(manifest, trial, tmp_path / "other"))
