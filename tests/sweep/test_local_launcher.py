@@ -23,8 +23,7 @@ def test_local_points_are_bounded_and_fail_alone(tmp_path: Path) -> None:
     assert [status(point)["state"] for point in points] == ["finished", "failed", "finished"]
     failed = result.stderr.splitlines()[1]
     assert failed.startswith("  #1 ")
-    assert "+loss.how=raises " in failed
-    assert ": exit code 1; see " in failed
+    assert "+loss.how=raises: exit code 1; see " in failed
     ended = min((point / "status.json").stat().st_mtime for point in points[:2])
     assert metrics(points[2])[0]["time"] > ended, "the third waited for a place"
 
