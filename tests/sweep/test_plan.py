@@ -72,6 +72,7 @@ def test_a_random_search_of_a_grid_takes_no_point_twice() -> None:
         ({"axes": ["loss.teacher_temp=0.04,0.07", "loss.teacher_temp=1,2"]}, "loss.teacher_temp: this axis is there"),
         ({"axes": ["seed=1,2"]}, "sweep.seeds=[0,1,2]"),
         ({"axes": ["ema.momentum=interval(0.9,1)"]}, "an interval is for sweep.search=random or optuna"),
+        ({"axes": ["ema.momentum=interval(1,0.9)"]}, "an interval goes from the smaller to the larger number"),
         ({"axes": ["optimizer.lr"]}, "write a setting as key=value"),
         ({"axes": ["~loss.teacher_temp"]}, "this cannot be an axis"),
         ({"zipped": [["a=1,2", "b=1,2,3"]]}, "have [2,3] values"),

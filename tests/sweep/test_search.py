@@ -130,9 +130,9 @@ def test_axes_mean_what_they_mean_to_the_optuna_sweeper_of_hydra(line: str, expe
 
 def test_all_axes_that_have_no_values_are_named() -> None:
     with pytest.raises(ConfigError) as refused:
-        space_of(axes_of(["a=interval(2.0,1.0)", "b=range(5,1)", "c=1,2"]))
+        space_of(axes_of(["a=range(2.0,1.0)", "b=range(5,1)", "c=1,2"]))
     assert len(refused.value.problems) == 2
-    assert refused.value.problems[0].startswith("a=interval(2.0,1.0): ")
+    assert refused.value.problems[0].startswith("a=range(2.0,1.0): ")
 
 
 # ---------------------------------------------------------------------- the study
