@@ -16,11 +16,9 @@ def git(*arguments: str, folder: Path = REPOSITORY) -> str:
 
 def commit(folder: Path = REPOSITORY) -> str:
     """The git commit of the code in `folder`, with `+changes` where tracked files differ; `unknown` outside git."""
-    try:
+    if (folder / RECORD).is_file():
         recorded: str = json.loads((folder / RECORD).read_text())["commit"]
         return recorded
-    except (OSError, ValueError, KeyError):
-        pass
     try:
         changes = "+changes" if git("status", "--porcelain", "-uno", folder=folder) else ""
         return git("rev-parse", "HEAD", folder=folder) + changes

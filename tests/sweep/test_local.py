@@ -265,8 +265,10 @@ def test_a_sweep_that_is_deleted_leaves_no_controller(tmp_path: Path) -> None:
     submit(manifest)
     until(lambda: (manifest.directory(manifest.trials[0]) / "status.json").exists())
     controller, supervisor = controller_of(manifest), starts(manifest)[0].pid
+    assert str(manifest.folder) in command_of(controller)
     shutil.rmtree(manifest.folder)
-    until(lambda: f"{manifest.folder}" not in command_of(controller))
+    until(lambda: str(manifest.folder) not in command_of(controller))
+    assert not manifest.folder.exists()  # it has not made it again
     with contextlib.suppress(ProcessLookupError):
         os.kill(supervisor, signal.SIGKILL)
 
