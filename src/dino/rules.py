@@ -201,6 +201,9 @@ RULES: dict[str, Rule] = {
     "sweep.num_trials": AT_LEAST_1_OR_NULL,
     "sweep.search_seed": AT_LEAST_0,
     "sweep.max_parallel": AT_LEAST_1_OR_NULL,
+    "cluster.mem_gb": Rule(kind=float, above=0, null=True),
+    "cluster.gpus_per_node": AT_LEAST_1_OR_NULL,
+    "cluster.first_wait_s": NOT_NEGATIVE,
     "sweep.pruning.startup_trials": AT_LEAST_0,
     "sweep.pruning.warmup_epochs": AT_LEAST_0,
 }

@@ -169,6 +169,7 @@ def test_code_that_differs_gets_a_copy_of_its_own(planned: Manifest, tmp_path: P
         (["run_dir=x"], "every trial has a directory of its own"),
         (["hydra/launcher=slurm"], "choose cluster=..."),
         (["sweep=temperatures"], "sweep=temperatures: no such option; there are"),
+        (["cluster=slurm", "cluster.mem_gb=-3"], "cluster.mem_gb=-3: use a number above 0 or null"),
         (["cluster=slum"], "cluster=slum: no such option"),
         (["sweep.direction=up"], "sweep.direction=up: use maximize or minimize"),
         (["sweep.axis=[a]"], "sweep.axis: there is no such key; did you mean sweep.axes?"),
