@@ -24,7 +24,7 @@ def train(config: DictConfig) -> None:
     from dino.ranks import from_main, process_group
     from dino.run import Run
     from dino.runtime import choose_device, provenance
-    from dino.training import assemble, introduce, resume_or_start, summarise_run
+    from dino.training import assemble, introduce, leave_report, resume_or_start, summarise_run
 
     processes = Processes.from_environment()
     device = choose_device(config.trainer.device, processes.local_rank)
@@ -41,6 +41,8 @@ def train(config: DictConfig) -> None:
         introduce(trainer, config)
         trainer.fit()
         summarise_run(trainer)
+    if processes.is_main and config.monitor.report:
+        leave_report(run.directory)
 
 
 if __name__ == "__main__":

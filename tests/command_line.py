@@ -31,6 +31,7 @@ TINY = [  # a network and a run of seconds
     "trainer.limit_steps_per_epoch=6",
     "trainer.limit_evaluation_samples=200",
     "monitor.every_steps=1",
+    "monitor.report=false",
 ]
 TIMEOUT_S = 300
 

@@ -47,6 +47,9 @@ EVENTFUL = [
     "backbone.drop_path_rate=0.3",
     "evaluation.knn.every_epochs=1",
     "monitor.early_stopping.patience=5",
+    "monitor.health.max_confidence=0",  # every step is one of an entropy collapse
+    "monitor.health.patience_steps=2",
+    "monitor.health.repeat_steps=3",
     "loss._target_=injected.InfiniteLoss",
     "+loss.at=[9]",
     "allowed_targets=[injected]",
@@ -92,18 +95,20 @@ def test_resuming_in_mid_epoch_is_exact(undisturbed: Path, tmp_path: Path, worke
     assert_same_run(run_dir, undisturbed)
 
 
-def test_early_stopping_is_exact_after_a_resume(tmp_path: Path) -> None:
+@pytest.mark.parametrize("metric", ["val/knn_top1", "train/entropy_teacher"])
+def test_early_stopping_is_exact_after_a_resume(tmp_path: Path, metric: str) -> None:
     """A metric that can never improve: the run ends after two more epochs, resumed in between or not."""
     stopping = [
         *("run_dir=run", "trainer.epochs=9", "trainer.limit_steps_per_epoch=3", "trainer.save_every_steps=1"),
         *("trainer.keep_checkpoints=99", "evaluation.knn.every_epochs=1", "monitor.early_stopping.patience=2"),
         *("monitor.early_stopping.min_delta=100", "monitor.early_stopping.restore_best=true"),
+        *(f"monitor.early_stopping.metric={metric}", "monitor.early_stopping.mode=max"),
     ]
     whole = tmp_path / "whole"
     whole.mkdir()
     result = train(*stopping, cwd=whole)
     assert result.returncode == 0, result.stderr
-    assert "early stopping: val/knn_top1 has not improved" in result.stdout
+    assert f"early stopping: {metric} has not improved" in result.stdout
     record = status(whole / "run")
     assert (record["state"], record["step"]) == ("finished", 9)
     assert (whole / "run/checkpoints/last.pt").resolve() == (whole / "run/checkpoints/best.pt").resolve()

@@ -77,6 +77,7 @@ AT_LEAST_1 = Rule(kind=int, low=1)
 AT_LEAST_1_OR_NULL = Rule(kind=int, low=1, null=True)
 POSITIVE = Rule(kind=float, above=0)
 NOT_NEGATIVE = Rule(kind=float, low=0)
+NOT_NEGATIVE_OR_NULL = Rule(kind=float, low=0, null=True)
 FRACTION = Rule(kind=float, low=0, high=1)
 FLAG = Rule(kind=bool)
 TEXT = Rule(kind=str)
@@ -180,6 +181,14 @@ RULES: dict[str, Rule] = {
     "trainer.on_save_error": one_of("warn", "stop"),
     "trainer.max_skipped_steps": AT_LEAST_0,
     "monitor.every_steps": AT_LEAST_1,
+    "monitor.on_collapse": one_of("warn", "stop", "off"),
+    "monitor.report": FLAG,
+    "monitor.health.patience_steps": AT_LEAST_1,
+    "monitor.health.repeat_steps": AT_LEAST_1,
+    "monitor.health.plateau_steps": AT_LEAST_1_OR_NULL,
+    "monitor.health.max_center_norm": NOT_NEGATIVE_OR_NULL,
+    "monitor.health.max_loss": NOT_NEGATIVE_OR_NULL,
+    "monitor.health.m*": NOT_NEGATIVE,
     "monitor.early_stopping.metric": TEXT_OR_NULL,
     "monitor.early_stopping.mode": one_of("auto", "max", "min"),
     "monitor.early_stopping.patience": AT_LEAST_1_OR_NULL,
@@ -187,8 +196,17 @@ RULES: dict[str, Rule] = {
     "monitor.early_stopping.restore_best": FLAG,
     "evaluation.*.every_epochs": AT_LEAST_1,
     "evaluation.*.max_samples": AT_LEAST_1,
+    "evaluation.pictures.num_images": AT_LEAST_1,
     "evaluation.knn.neighbours": Rule(kind=int, low=1, count=0),
     "evaluation.knn.temperature": POSITIVE,
+    "logger.console.plain_every_s": NOT_NEGATIVE,
+    "logger.*.finish_timeout_s": NOT_NEGATIVE,
+    "logger.wandb.mode": one_of("online", "offline", "disabled"),
+    "logger.wandb.project": TEXT,
+    "logger.wandb.entity": TEXT_OR_NULL,
+    "logger.wandb.name": TEXT_OR_NULL,
+    "logger.wandb.group": TEXT_OR_NULL,
+    "logger.wandb.tags": Rule(kind=str, count=0),
     "sweep.name": TEXT,
     "sweep.dir": TEXT,
     "sweep.base": Rule(kind=str, count=0),

@@ -15,7 +15,14 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from dino import preemption
-from dino.exits import EXIT_BAD_CONFIGURATION, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NON_FINITE, EXIT_PREEMPTED
+from dino.exits import (
+    EXIT_BAD_CONFIGURATION,
+    EXIT_COLLAPSED,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_NON_FINITE,
+    EXIT_PREEMPTED,
+)
 from dino.preemption import Preempted
 from dino.processes import Processes
 
@@ -29,6 +36,10 @@ class NonFiniteError(RuntimeError):
     """More steps than allowed had a loss or a gradient that is not finite; none of them changed anything."""
 
 
+class CollapseError(RuntimeError):
+    """The run will not recover, and was asked to stop then; its last state is saved."""
+
+
 class Run:
     """One run's directory, as a context: status and log are kept up to date from `begin` to the way out.
 
@@ -36,7 +47,7 @@ class Run:
     directory behind nor changes the record of an earlier run in it. `Preempted` ends the process with exit code 75, and
     whatever handled the signal before is called then. Any other exception is written with its traceback to `train.log`,
     becomes the reason in `status.json`, and ends the process with the exit code of its kind (1 failed, 2 bad
-    configuration, 3 non-finite, 130 interrupted).
+    configuration, 3 non-finite, 4 collapsed, 130 interrupted).
 
     Under several ranks only rank 0 prints and keeps the status; the others add their warnings to the log, and a failure
     of their own with its traceback.
@@ -203,6 +214,8 @@ def exit_code(error: BaseException) -> int:
     """The exit code of a run that ends with `error`."""
     if isinstance(error, NonFiniteError):
         return EXIT_NON_FINITE
+    if isinstance(error, CollapseError):
+        return EXIT_COLLAPSED
     if isinstance(error, ValueError):
         return EXIT_BAD_CONFIGURATION
     return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_FAILED

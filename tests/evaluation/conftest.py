@@ -96,7 +96,7 @@ def make_augmentation() -> Callable[..., MultiCrop]:
 
 @pytest.fixture
 def make_inputs(
-    make_digits: Callable[..., ImageDataset], make_augmentation: Callable[..., MultiCrop]
+    make_digits: Callable[..., ImageDataset], make_augmentation: Callable[..., MultiCrop], tmp_path: Path
 ) -> Callable[..., EvaluationInputs]:
     """`make_inputs(limit_samples=50)`: what an evaluator gets, on the CPU, with the named fields changed."""
     torch.set_num_threads(1)
@@ -120,6 +120,8 @@ def make_inputs(
             "teacher_temp": 0.05,
             "limit_samples": None,
             "untrained": False,
+            "directory": tmp_path / "run",
+            "step": 132,
         }
         return EvaluationInputs(**(fields | changes))
 

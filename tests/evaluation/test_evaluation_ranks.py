@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from dino import preemption, ranks
 from dino.dataset import ImageDataset
-from dino.evaluation import EvaluationInputs, KNNEvaluator, ValidationLossEvaluator, extract_features, knn_classify
+from dino.evaluation import (
+    EvaluationInputs,
+    KNNEvaluator,
+    LabelFreeEvaluator,
+    PicturesEvaluator,
+    ValidationLossEvaluator,
+    extract_features,
+    knn_classify,
+)
 from dino.loss import DINOLoss, SinkhornKnopp
 
 MakeInputs = Callable[..., EvaluationInputs]
@@ -34,7 +42,7 @@ def test_k_nn_of_several_ranks_is_that_of_one(make_inputs: MakeInputs, run_ranks
 @pytest.mark.parametrize("limit", [1, 3, 70])
 def test_ranks_without_an_image_take_part(make_inputs: MakeInputs, run_ranks: RunRanks, limit: int) -> None:
     inputs = make_inputs(limit_samples=limit, untrained=True)
-    for evaluator in (KNNEvaluator(neighbours=[1]), ValidationLossEvaluator()):
+    for evaluator in (KNNEvaluator(neighbours=[1]), ValidationLossEvaluator(), LabelFreeEvaluator()):
         assert run_ranks(evaluator.evaluate, 3, inputs) == [evaluator.evaluate(inputs)] * 3
 
 
@@ -51,7 +59,7 @@ def test_images_that_cannot_be_read_are_left_out_alike(
     broken = [bank.name(index) for index in (1, 8, 9, 10, 11)] + [held_out.name(index) for index in (4, 5, 6)]
     for name in broken:
         Path(name).write_bytes(b"not an image")
-    for evaluator in (KNNEvaluator(neighbours=[2]), ValidationLossEvaluator()):
+    for evaluator in (KNNEvaluator(neighbours=[2]), ValidationLossEvaluator(), LabelFreeEvaluator()):
         expected = evaluator.evaluate(inputs)
         assert expected
         assert run_ranks(evaluator.evaluate, 3, inputs) == [expected] * 3
@@ -122,17 +130,28 @@ class SendsSignal(nn.Module):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("when", [2, 12])
-@pytest.mark.parametrize("evaluator", [KNNEvaluator(), ValidationLossEvaluator()], ids=["knn", "loss"])
+@pytest.mark.parametrize(
+    ("evaluator", "when"),
+    [
+        (KNNEvaluator(), 2),
+        (KNNEvaluator(), 12),
+        (ValidationLossEvaluator(), 2),
+        (LabelFreeEvaluator(), 2),
+        (LabelFreeEvaluator(), 5),
+        (PicturesEvaluator(), 2),
+        (PicturesEvaluator(), 5),
+    ],
+    ids=["bank", "held_out", "loss", "rank", "views", "features", "distributions"],
+)
 def test_a_signal_to_one_rank_ends_the_evaluation_of_all(
     make_inputs: MakeInputs, run_ranks: RunRanks, evaluator: Any, when: int, world_size: int
 ) -> None:
-    """At the second batch, and among the last ones: of the bank and the held-out split, or of the held-out split."""
+    """At its `when`-th batch, which with two ranks is one of what the test is called."""
     inputs = make_inputs()
     inputs.model.student.backbone.eval()  # an unusual mode, to see that it comes back
 
     def stop() -> tuple[bool, int]:
-        backbone = SendsSignal(inputs.model.teacher.backbone, when if isinstance(evaluator, KNNEvaluator) else 2)
+        backbone = SendsSignal(inputs.model.teacher.backbone, when)
         inputs.model.teacher.backbone = backbone
         modes = [part.training for part in inputs.model.modules()]
         preemption.listen()

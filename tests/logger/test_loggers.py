@@ -66,6 +66,16 @@ def test_an_event_is_a_line_in_words_and_counts_as_one(tmp_path: Path) -> None:
     assert (line["step"], line["event"], line["text"]) == (7, "skipped_step", "not finite")
 
 
+def test_the_details_of_an_event_are_keys_of_its_line(tmp_path: Path) -> None:
+    logger = JSONLinesLogger()
+    logger.start(context(tmp_path))
+    logger.event(7, "verdict", "no", verdict="non_finite", count=2, evidence={"train/loss": float("nan"), "a": [1.5]})
+    logger.close()
+    (line,) = read_lines(tmp_path / "metrics.jsonl")
+    assert (line["verdict"], line["count"]) == ("non_finite", 2)
+    assert line["evidence"] == {"train/loss": None, "a": [1.5]}
+
+
 def test_lines_for_which_there_is_no_room_are_written_later(tmp_path: Path) -> None:
     """A limit on the size of files stands in for a full disk; the signal that comes with it is ignored by Python."""
     logger = JSONLinesLogger()
@@ -90,12 +100,13 @@ def test_without_a_terminal_the_console_prints_plain_lines(tmp_path: Path, capsy
     console.start(context(tmp_path))
     for step in range(1, 11):
         console.advance(step)
-        console.log(step, {"train/loss": 2.0 / step, "train/lr": 0.001, "perf/images_per_s": 100.0})
+        figures = {"train/loss": 2.0 / step, "train/loss_uniform": 6.931, "train/lr": 0.001, "perf/images_per_s": 100.0}
+        console.log(step, figures)
     console.log(10, {"val/knn_top1": 91.25})
     console.close()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["1/10", "10/10"]
-    assert lines[1].startswith("step 10/10  loss 0.200  lr 1.00e-03  images/s 100")
+    assert lines[1].startswith("step 10/10  loss 0.200 of ln K 6.931  lr 1.00e-03  images/s 100")
     assert "k-NN 91.2 %" in lines[1]
 
 

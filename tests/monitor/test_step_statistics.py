@@ -1,15 +1,19 @@
 """Statistics of a step: known distributions, the split of the loss, what is logged when."""
 
+import copy
 import math
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from dino.loss import DINOLoss, EMACentering, LossTerms, SinkhornKnopp
+from dino.loss.weighting import WeightingName
 from dino.monitor import Statistics, distribution_statistics
+from dino.monitor.statistics import prototypes_of_batch
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.05
 
@@ -19,6 +23,13 @@ class Figures:
     student_logits: Tensor
     terms: LossTerms
     grad_norm: Tensor
+    grad_norms: Tensor
+    grad_names: list[str]
+
+
+STUDENT = torch.nn.Linear(3, 2, bias=False)
+STUDENT.weight.grad = torch.tensor([[1.0, -2.0, 3.0], [0.0, 0.5, -0.5]])
+GRADIENTS = (torch.tensor(1.5), torch.tensor([1.5]), ["weight"])
 
 
 def random_logits(views: int, batch: int, prototypes: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -30,7 +41,7 @@ def figures_of(loss: DINOLoss, num_views: int = 6, dtype: torch.dtype = torch.fl
     student, teacher = random_logits(num_views, 3, 16, 0, dtype), random_logits(2, 3, 16, 1, dtype)
     student.requires_grad_()
     terms = loss(student, teacher, 2, TEACHER_TEMP)
-    return Figures(student.detach(), terms, torch.tensor(1.5))
+    return Figures(student.detach(), terms, *GRADIENTS)
 
 
 def make_loss(center: float = 0.2) -> DINOLoss:
@@ -51,10 +62,20 @@ def one_hot(rows: list[int], prototypes: int) -> Tensor:
 def test_the_loss_is_teacher_entropy_plus_kl(num_views: int) -> None:
     """Exactly, with the center that the loss was computed with and every pair counting equally."""
     loss = make_loss()
-    found = Statistics().compute(figures_of(loss, num_views), loss)
+    found = Statistics().compute(figures_of(loss, num_views), loss, STUDENT)
     assert found["train/kl_teacher_student"] > 0.1
     total = found["train/entropy_teacher"] + found["train/kl_teacher_student"]
     assert found["train/loss"] == pytest.approx(total, rel=1e-12)
+    assert found["train/cross_entropy"] == pytest.approx(total, rel=1e-12)
+
+
+def test_the_split_holds_to_a_millionth_in_float32() -> None:
+    loss = DINOLoss(EMACentering(out_dim=16), student_temp=STUDENT_TEMP, koleo_weight=0.1)
+    student, teacher = random_logits(4, 3, 16, 0, torch.float32), random_logits(2, 3, 16, 1, torch.float32)
+    figures = Figures(student, loss(student, teacher, 2, TEACHER_TEMP, torch.randn(12, 5)), *GRADIENTS)
+    found = Statistics().compute(figures, loss, STUDENT)
+    total = found["train/entropy_teacher"] + found["train/kl_teacher_student"]
+    assert found["train/cross_entropy"] == pytest.approx(total, abs=1e-6)
 
 
 def test_against_plain_loops() -> None:
@@ -76,15 +97,16 @@ def test_against_plain_loops() -> None:
     found = numbers(student, teacher, STUDENT_TEMP)
     assert found == pytest.approx(
         {
+            "cross_entropy": float(-(p * p.log()).sum(dim=-1).mean()) + sum(kl) / len(kl),
             "entropy_teacher": float(-(p * p.log()).sum(dim=-1).mean()),
             "entropy_student": float(entropy.mean()),
             "entropy_student_global": float(entropy[:2].mean()),
             "entropy_student_local": float(entropy[2:].mean()),
             "kl_teacher_student": sum(kl) / len(kl),
             "confidence_teacher": float(p.max(dim=-1).values.mean()),
+            "confidence_student": float(q.max(dim=-1).values.mean()),
             "teacher_agreement": float((p[0].argmax(dim=-1) == p[1].argmax(dim=-1)).double().mean()),
             "student_teacher_agreement": sum(same) / len(same),
-            "num_prototypes_used": len(set(p.argmax(dim=-1).flatten().tolist())),
         },
         rel=1e-10,
     )
@@ -98,20 +120,22 @@ def test_a_uniform_collapse_has_its_values() -> None:
     assert found["entropy_student"] == pytest.approx(math.log(1024), rel=1e-6)
     assert found["kl_teacher_student"] == pytest.approx(0, abs=1e-5)
     assert found["confidence_teacher"] == 1 / 1024
+    assert found["confidence_student"] == pytest.approx(1 / 1024, rel=1e-6)
 
 
 def test_a_constant_collapse_has_exactly_its_values() -> None:
     """Everything on prototype 3: entropies and KL are 0, not NaN from 0 * log 0."""
     assert numbers(1e4 * one_hot([3] * 8, 16), one_hot([3] * 4, 16)) == {
+        "cross_entropy": 0,
         "entropy_teacher": 0,
         "entropy_student": 0,
         "entropy_student_global": 0,
         "entropy_student_local": 0,
         "kl_teacher_student": 0,
         "confidence_teacher": 1,
+        "confidence_student": 1,
         "teacher_agreement": 1,
         "student_teacher_agreement": 1,
-        "num_prototypes_used": 1,
     }
 
 
@@ -120,7 +144,7 @@ def test_agreements_and_used_prototypes_count_what_they_say() -> None:
     student = one_hot([0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3], 8)  # the local view repeats teacher view 0
     found = numbers(student, teacher)
     assert found["teacher_agreement"] == 0.5
-    assert found["num_prototypes_used"] == 6
+    assert prototypes_of_batch(teacher)[0].sum() == 6
     # pairs (teacher, student): (0, 1) 1 of 4, (1, 0) 1 of 4, (0, 2) 4 of 4, (1, 2) 2 of 4
     assert found["student_teacher_agreement"] == 8 / 16
 
@@ -148,22 +172,25 @@ def test_low_precision_logits_are_raised_first() -> None:
 def test_compute_gives_the_promised_names_and_reads_the_loss_exactly() -> None:
     loss = make_loss()
     figures = figures_of(loss)
-    found = Statistics().compute(figures, loss)
+    found = Statistics().compute(figures, loss, STUDENT)
     promised = {
         "loss loss_global loss_local entropy_teacher entropy_student entropy_student_global entropy_student_local "
         "kl_teacher_student confidence_teacher teacher_agreement student_teacher_agreement num_prototypes_used "
-        "center_norm grad_norm"
+        "center_norm grad_norm cross_entropy confidence_student entropy_batch_mean mutual_information loss_uniform "
+        "weight_global weight_local"
     }
-    assert found.keys() == {f"train/{name}" for names in promised for name in names.split()}
+    of_training = {f"train/{name}" for names in promised for name in names.split()}
+    assert found.keys() == of_training | {f"grad/weight/{kind}" for kind in ("norm", "mean", "std", "min", "max")}
     assert all(type(value) is float for value in found.values())
     assert found["train/loss"] == figures.terms.total.item()
     assert found["train/center_norm"] == pytest.approx(float(loss.centering.center.norm()))
     assert found["train/grad_norm"] == 1.5
+    assert found["train/loss_uniform"] == math.log(16)
 
 
 def test_terms_that_a_run_does_not_have_are_left_out() -> None:
     loss = DINOLoss(SinkhornKnopp(), student_temp=STUDENT_TEMP)
-    found = Statistics().compute(figures_of(loss, num_views=2, dtype=torch.float32), loss)
+    found = Statistics().compute(figures_of(loss, num_views=2, dtype=torch.float32), loss, STUDENT)
     assert found.keys().isdisjoint({"train/loss_local", "train/entropy_student_local", "train/center_norm"})
 
 
@@ -171,9 +198,35 @@ def test_the_koleo_term_is_shown_where_it_is_used() -> None:
     loss = DINOLoss(EMACentering(out_dim=16), student_temp=STUDENT_TEMP, koleo_weight=0.1)
     student, teacher = random_logits(4, 3, 16, 0, torch.float32), random_logits(2, 3, 16, 1, torch.float32)
     terms = loss(student, teacher, 2, TEACHER_TEMP, torch.randn(12, 5))
-    figures = Figures(student, terms, torch.tensor(0.0))
+    figures = Figures(student, terms, *GRADIENTS)
     assert terms.koleo is not None
-    assert Statistics().compute(figures, loss)["train/loss_koleo"] == pytest.approx(terms.koleo.item())
+    assert Statistics().compute(figures, loss, STUDENT)["train/loss_koleo"] == pytest.approx(terms.koleo.item())
+
+
+def test_of_the_whole_batch_against_numpy() -> None:
+    """The mean output, what it says of the images, and the prototypes in use."""
+    loss = make_loss()
+    figures = figures_of(loss)
+    found = Statistics().compute(figures, loss, STUDENT)
+    p = figures.terms.targets.numpy()
+    mean = p.mean(axis=0)
+    entropy = float(-(mean * np.log(mean)).sum())
+    assert found["train/entropy_batch_mean"] == pytest.approx(entropy, rel=1e-12)
+    assert found["train/mutual_information"] == pytest.approx(entropy + (p * np.log(p)).sum(axis=1).mean(), rel=1e-12)
+    assert found["train/num_prototypes_used"] == len(np.unique(p.argmax(axis=1)))
+
+
+@pytest.mark.parametrize("weighting", ["pairs", "balanced", "adaptive"])
+def test_the_weights_of_the_terms_make_the_loss(weighting: WeightingName) -> None:
+    loss = DINOLoss(EMACentering(out_dim=16), STUDENT_TEMP, weighting).double()
+    for step in range(3):
+        figures = figures_of(loss)
+        loss.observe(random_logits(2, 3, 16, 1), figures.terms)
+        loss.update(progress=0.2 * (step + 1))
+    found = Statistics().compute(figures_of(loss), loss, STUDENT)
+    weighted = [found[f"train/weight_{name}"] * found[f"train/loss_{name}"] for name in ("global", "local")]
+    assert found["train/loss"] == pytest.approx(sum(weighted), rel=1e-12)
+    assert found["train/weight_local"] == {"pairs": 8 / 10, "balanced": 1.0}.get(weighting, found["train/weight_local"])
 
 
 def test_the_host_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +243,7 @@ def test_the_host_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = make_loss()
     figures = figures_of(loss)
     reads.clear()
-    Statistics().compute(figures, loss)
+    Statistics().compute(figures, loss, STUDENT)
     assert reads == ["tolist"]
 
 
@@ -198,7 +251,7 @@ def test_the_loss_module_is_only_read() -> None:
     loss = make_loss()
     figures = figures_of(loss)
     before = {name: value.clone() for name, value in loss.state_dict().items()}
-    Statistics().compute(figures, loss)
+    Statistics().compute(figures, loss, STUDENT)
     for name, value in loss.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -219,16 +272,16 @@ def test_a_period_below_one_is_refused() -> None:
 def test_a_gpu_gives_the_same_and_waits_for_the_device_once() -> None:
     loss = make_loss()
     figures = figures_of(loss)
-    expected = Statistics().compute(figures, loss)
+    expected = Statistics().compute(figures, loss, STUDENT)
     loss.cuda()
     student, teacher = figures.student_logits.cuda(), random_logits(2, 3, 16, 1).cuda()
     terms = loss(student, teacher, 2, TEACHER_TEMP)
-    on_gpu = Figures(student, terms, figures.grad_norm.cuda())
+    on_gpu = Figures(student, terms, figures.grad_norm.cuda(), figures.grad_norms.cuda(), figures.grad_names)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as synchronisations:
             warnings.simplefilter("always")
-            found = Statistics().compute(on_gpu, loss)
+            found = Statistics().compute(on_gpu, loss, copy.deepcopy(STUDENT).cuda())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert found == pytest.approx(expected, rel=1e-9)

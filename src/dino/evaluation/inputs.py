@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,8 @@ class EvaluationInputs:
     teacher_temp: float  # of the step at which the evaluation happens
     limit_samples: int | None  # at most so many images per split; None: all
     untrained: bool  # True at step 0
+    directory: Path  # of the run
+    step: int  # finished optimizer steps
 
 
 class Evaluator(Protocol):

@@ -20,6 +20,12 @@ def limited(source: Source, limit: int | None) -> Source:
     return source if limit is None or limit >= len(source) else SubsetSource(source, spread_indices(len(source), limit))
 
 
+def held_out_or_training(dataset: ImageDataset) -> Source:
+    """The held-out images; the training images where none are held out."""
+    splits = dataset.evaluation()
+    return dataset.train() if splits is None else splits[1]
+
+
 def evaluation_loader(source: Source, dataset: ImageDataset) -> EvaluationLoader:
     """Reads `source` as `dataset` is evaluated: resized, cropped to the center, in order, none left out.
 
@@ -42,7 +48,7 @@ class Once:
     def __init__(self) -> None:
         self._said: set[str] = set()
 
-    def say(self, sentence: str) -> None:
+    def say(self, sentence: str, level: int = logging.INFO) -> None:
         if sentence not in self._said:
             self._said.add(sentence)
-            log.info(sentence)
+            log.log(level, sentence)

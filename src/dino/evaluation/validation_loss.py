@@ -5,24 +5,19 @@ Shapes: B images in a batch, G global views, V all views, K prototypes.
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from dino import preemption, ranks
-from dino.augmentation import MultiCrop, ViewBatch
-from dino.dataset import Source, UnreadableImage, spread_indices
-from dino.dataset.workers import BatchReader, iterate
+from dino.augmentation import ViewBatch
+from dino.backbone.base import check_at_least
+from dino.dataset import spread_indices
 from dino.evaluation.features import evaluation_mode
+from dino.evaluation.held_out_views import held_out_views, in_batches
 from dino.evaluation.inputs import EvaluationInputs
 from dino.evaluation.splits import Once, smaller
 from dino.loss import DINOLoss, LossTerms
-
-MAX_WORKERS = 8  # every tensor on its way from a worker holds an open file, and a batch of views has a dozen
 
 
 @dataclass(kw_only=True)
@@ -52,11 +47,7 @@ class ValidationLossEvaluator:
     _once: Once = field(default_factory=Once, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("every_epochs", "max_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"evaluation.validation_loss.{name}={getattr(self, name)}: use a whole number of at least 1"
-                )
+        check_at_least("evaluation.validation_loss", 1, every_epochs=self.every_epochs, max_samples=self.max_samples)
 
     def evaluate(self, inputs: EvaluationInputs) -> dict[str, float]:
         """Means over the held-out images; empty, with one line in the log, where there is no held-out split.
@@ -70,13 +61,12 @@ class ValidationLossEvaluator:
             return {}
         loss = copy.deepcopy(inputs.loss).eval()
         indices = spread_indices(len(splits[1]), smaller(self.max_samples, inputs.limit_samples))
-        size = inputs.dataset.batch_size
-        batches = [indices[first : first + size] for first in range(0, len(indices), size)]
+        batches = in_batches(indices, inputs.dataset.batch_size)
         batches = batches[ranks.own_part(len(batches))]
         own: list[tuple[int, dict[str, float]]] = []  # of each batch: B and its losses
         # Some ranks may have a batch less, so inside none may wait for the others.
         with torch.inference_mode(), evaluation_mode(inputs.model), ranks.alone():
-            for views in preemption.until_requested(self._views(inputs, splits[1], batches)):
+            for views in preemption.until_requested(held_out_views(inputs, splits[1], batches, self._once)):
                 terms = _loss_terms(inputs, loss, views)
                 named = {"loss": terms.total, "loss_global": terms.global_term, "loss_local": terms.local_term}
                 losses = {name: value.item() for name, value in named.items() if value is not None}
@@ -92,53 +82,6 @@ class ValidationLossEvaluator:
         if num_images == 0:
             self._once.say(f"no validation loss: no held-out image of dataset {inputs.dataset.name} can be read")
         return {f"val/{name}": total / num_images for name, total in sums.items()}
-
-    def _views(
-        self, inputs: EvaluationInputs, source: Source, batches: Sequence[NDArray[np.int64]]
-    ) -> Iterator[ViewBatch]:
-        """Float views on the device, the last batch as small as it comes out. Unreadable images are left out."""
-        reader = _HeldOutReader(source, inputs.augmentation, inputs.seed)
-        for views, failures in iterate(reader, batches, num_workers=min(inputs.dataset.num_workers, MAX_WORKERS)):
-            for failure in failures:
-                self._once.say(f"unreadable image, left out of the validation loss: {failure}")
-            if views is not None:
-                views = views.to(inputs.device)
-                yield inputs.augmentation.photometric(views) if views.parameters is not None else views
-
-
-class _HeldOutReader(BatchReader[tuple[ViewBatch | None, list[str]]]):
-    """Reads the images of one batch and makes their views of epoch 0, and says what could not be read.
-
-    With `augmentation.photometric_device=cpu` the photometric part runs here too, as in training.
-    """
-
-    def __init__(self, source: Source, augmentation: MultiCrop, seed: int) -> None:
-        self.source = source
-        self.augmentation = augmentation
-        self.seed = seed
-
-    def __getitem__(self, indices: NDArray[np.int64]) -> tuple[ViewBatch | None, list[str]]:
-        images, shown, failures = self._read(indices)
-        if len(shown) == 0:
-            return None, failures
-        views = self.augmentation.views(images, shown, self.seed, epoch=0)
-        if self.augmentation.photometric_device == "cpu":
-            views = self.augmentation.photometric(views)
-        return views, failures
-
-    def _read(self, indices: NDArray[np.int64]) -> tuple[Tensor | list[Tensor], NDArray[np.int64], list[str]]:
-        """The images that can be read, their indices, and what was wrong with the others."""
-        if self.source.images is not None:
-            return self.source.images[torch.from_numpy(indices)], indices, []
-        images, shown, failures = [], [], []
-        for index in indices.tolist():
-            try:
-                images.append(self.source.read(index))
-            except UnreadableImage as error:
-                failures.append(str(error))
-            else:
-                shown.append(index)
-        return images, np.array(shown, dtype=np.int64), failures
 
 
 def _loss_terms(inputs: EvaluationInputs, loss: DINOLoss, views: ViewBatch) -> LossTerms:

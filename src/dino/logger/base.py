@@ -27,8 +27,8 @@ class Logger:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics of a logged step or of an evaluation."""
 
-    def event(self, step: int, name: str, text: str) -> None:
-        """Something that happened at a step, in words."""
+    def event(self, step: int, name: str, text: str, **details: Any) -> None:
+        """Something that happened at a step, in words, and in plain values."""
 
     def advance(self, step: int) -> None:
         """Called after every step, logged or not; must cost next to nothing."""

@@ -14,10 +14,11 @@ SHOWN = {  # metric -> label and format on the progress line
     "perf/images_per_s": ("images/s", "{:.1f}"),
     "val/knn_top1": ("k-NN", "{:.1f} %"),
 }
+UNIFORM_LOSS = "train/loss_uniform"  # ln K, what a student that has learned nothing gets
 
 
 class Console(Logger):
-    """Shows step, loss, learning rate, images/s, time left and the last k-NN.
+    """Shows step, loss beside ln K, learning rate, images/s, time left and the last k-NN.
 
     Args:
         plain_every_s: without a terminal, at most one line in so many seconds (evaluations are always shown).
@@ -55,6 +56,8 @@ class Console(Logger):
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         new = {label: form.format(metrics[name]) for name, (label, form) in SHOWN.items() if name in metrics}
+        if "loss" in new and UNIFORM_LOSS in metrics:
+            new["loss"] += f" of ln K {metrics[UNIFORM_LOSS]:.3f}"
         self._shown |= new
         text = "  ".join(f"{label} {value}" for label, value in self._shown.items())
         if self._progress is not None:

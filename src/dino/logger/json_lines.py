@@ -17,9 +17,9 @@ log = logging.getLogger("dino")
 class JSONLinesLogger(Logger):
     """Appends one line a logged step: `step`, `epoch`, `time` (Unix time [s]) and the metrics by name.
 
-    An event is a line with `event` (its name) and `text` in place of metrics. Non-finite values become `null`, since
-    JSON has no NaN. A checkpoint knows how many lines there were; a run resumed from it first drops those after them,
-    which it is about to write again, so that no step is doubled or missing.
+    An event is a line with `event` (its name), `text` and its details in place of metrics. Non-finite values become
+    `null`, since JSON has no NaN. A checkpoint knows how many lines there were; a run resumed from it first drops those
+    after them, which it is about to write again, so that no step is doubled or missing.
     """
 
     def __init__(self) -> None:
@@ -41,10 +41,10 @@ class JSONLinesLogger(Logger):
         self._file = path.open("ab", buffering=0)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._write(step, {name: value if math.isfinite(value) else None for name, value in metrics.items()})
+        self._write(step, metrics)
 
-    def event(self, step: int, name: str, text: str) -> None:
-        self._write(step, {"event": name, "text": text})
+    def event(self, step: int, name: str, text: str, **details: Any) -> None:
+        self._write(step, {"event": name, "text": text, **details})
 
     def flush(self) -> None:
         if self._file is not None:
@@ -65,7 +65,7 @@ class JSONLinesLogger(Logger):
     def _write(self, step: int, values: dict[str, Any]) -> None:
         assert self._file is not None, "start() comes first"
         assert self._num_lines is not None
-        line = {"step": step, "epoch": step / self._steps_per_epoch, "time": time.time(), **values}
+        line = {"step": step, "epoch": step / self._steps_per_epoch, "time": time.time(), **finite(values)}
         waiting = bool(self._unwritten)
         self._unwritten += json.dumps(line).encode() + b"\n"
         self._num_lines += 1
@@ -87,6 +87,15 @@ class JSONLinesLogger(Logger):
             self._file.truncate(end)
             raise
         self._unwritten = b""
+
+
+def finite(value: Any) -> Any:
+    """The same nested value with None in place of every number that is not finite."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,13 +1,24 @@
 from dino.monitor.early_stopping import EPOCH_LOSS, EarlyStopping, higher_is_better
+from dino.monitor.expected_moves import ExpectedMove, expected_moves
+from dino.monitor.health import Facts, Health, Verdict
+from dino.monitor.memory import memory_statistics
 from dino.monitor.monitor import Monitor
 from dino.monitor.statistics import Statistics, StepFigures, distribution_statistics
+from dino.monitor.step_time import StepTimer
 
 __all__ = [
     "EPOCH_LOSS",
     "EarlyStopping",
+    "ExpectedMove",
+    "Facts",
+    "Health",
     "Monitor",
     "Statistics",
     "StepFigures",
+    "StepTimer",
+    "Verdict",
     "distribution_statistics",
+    "expected_moves",
     "higher_is_better",
+    "memory_statistics",
 ]

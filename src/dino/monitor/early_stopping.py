@@ -1,8 +1,11 @@
 """Which evaluation was the best, and when there is no point in going on."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+
+from dino.messages import did_you_mean
 
 log = logging.getLogger("dino")
 
@@ -24,8 +27,9 @@ class EarlyStopping:
     """Follows one metric: `best.pt` is the checkpoint of its best value, and a run may end when it stops improving.
 
     Args:
-        metric: any metric of the evaluation, or `train/loss_epoch`; None: k-NN accuracy, where it cannot be had the
-            validation loss, and without any evaluation the mean training loss of an epoch.
+        metric: any metric of the evaluation, `train/loss_epoch`, or one of the logged steps, of which the last value
+            before the evaluation counts. None: k-NN accuracy, where it cannot be had the validation loss, and without
+            any evaluation the mean training loss of an epoch.
         mode: whether the largest or smallest value is the best; `auto` knows it for losses, k-NN and effective rank.
         patience: the run ends after so many evaluations in a row without improvement; None: it never ends early.
         min_delta: an improvement is a change by more than this.
@@ -67,9 +71,24 @@ class EarlyStopping:
         self.available = sorted({name for name in available if not name.startswith("perf/")} | {EPOCH_LOSS})
         if self.metric is None:
             self.metric = next(name for name in PREFERRED if name in self.available)
-        elif self.metric not in self.available:
+        elif self.metric not in self.available and not self._is_of_steps:
             known = ", ".join(self.available)
             raise ValueError(f"monitor.early_stopping.metric={self.metric}: this run has {known}")
+
+    def check(self, logged: Mapping[str, float]) -> None:
+        """Takes note of the names that logged steps have.
+
+        Raises:
+            ValueError: the metric asked for is one of logged steps, but not among them.
+        """
+        if self.metric in self.available or not self._is_of_steps or self.metric in logged:
+            return
+        hint = did_you_mean(str(self.metric), logged)
+        raise ValueError(f"monitor.early_stopping.metric={self.metric}: logged steps have no such metric{hint}")
+
+    @property
+    def _is_of_steps(self) -> bool:
+        return self.metric is not None and self.metric.startswith(("train/", "grad/", "perf/"))
 
     def update(self, step: int, metrics: dict[str, float]) -> bool:
         """Takes in the metrics of one evaluation; True if it is the best so far."""

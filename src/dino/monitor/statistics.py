@@ -4,17 +4,20 @@ The loss splits into cross-entropy = H(teacher) + KL(teacher || student) (paper,
 collapses shows in the parts: a KL of 0 is a collapse; with it an entropy of 0 means one constant output (no centering)
 and an entropy of ln K a uniform one (no sharpening).
 
-Shapes: B images in the micro-batch, G global views, V all views, K prototypes.
+Shapes: B images in the micro-batch, G global views, V all views, K prototypes, P parameters with a gradient.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dino.loss import DINOLoss, EMACentering, LossTerms
-from dino.ranks import max_over_ranks, sum_over_ranks, world_size
+from dino.monitor.gradients import gradient_statistics
+from dino.ranks import sum_over_ranks, world_size
 
 
 class StepFigures(Protocol):
@@ -29,10 +32,16 @@ class StepFigures(Protocol):
     @property
     def grad_norm(self) -> Tensor: ...  # 0-d, before clipping
 
+    @property
+    def grad_norms(self) -> Tensor: ...  # [P], the same for each parameter
+
+    @property
+    def grad_names(self) -> Sequence[str]: ...  # P names
+
 
 @dataclass(frozen=True)
 class Statistics:
-    """Metrics under `train/`, of the first step and of every `every_steps`-th.
+    """Metrics under `train/` and `grad/`, of the first step and of every `every_steps`-th.
 
     Raises:
         ValueError: for a period below 1.
@@ -48,12 +57,25 @@ class Statistics:
         """Whether step number `step`, counted from 0, is logged: with a period of 10 the 1st, 10th, 20th, ..."""
         return step == 0 or (step + 1) % self.every_steps == 0
 
-    def compute(self, figures: StepFigures, loss: DINOLoss, num_global_views: int = 2) -> dict[str, float]:
+    def compute(
+        self, figures: StepFigures, loss: DINOLoss, student: nn.Module, num_global_views: int = 2
+    ) -> dict[str, float]:
         """Everything about one step; the host waits for the device once, when all of it is read.
 
         Teacher probabilities are those that the step trained with, so that `entropy_teacher + kl_teacher_student` is
-        the loss (without KoLeo, and with all pairs weighted equally). Under several ranks all of them call it, and the
-        values are means over the ranks; prototypes used on any of them count.
+        `cross_entropy`, which is the loss without KoLeo and with all pairs weighted equally. Of the whole batch:
+        `num_prototypes_used` counts the prototypes that are the most likely one of some teacher output;
+        `entropy_batch_mean` is the entropy of the mean teacher output [nats], and what of it is left after
+        `entropy_teacher` is the `mutual_information` of image and prototype: 0 in every collapse.
+
+        Under several ranks all of them call it; one message puts their parts together, and the values are those of the
+        batch of all.
+
+        Args:
+            figures: what the step has left.
+            loss: read, not changed.
+            student: whose gradients still lie in its parameters.
+            num_global_views: G.
         """
         with torch.no_grad():
             targets = figures.terms.targets
@@ -64,39 +86,61 @@ class Statistics:
             }
             if isinstance(loss.centering, EMACentering):
                 values["center_norm"] = loss.centering.center.norm()
+            values = {f"train/{name}": value for name, value in values.items()}
+            values |= gradient_statistics(student, figures.grad_names, figures.grad_norms)
             own = torch.stack([value.to(figures.terms.total) for value in values.values()])
-            numbers = (sum_over_ranks(own) / world_size()).tolist()
-        return {f"train/{name}": number for name, number in zip(values, numbers, strict=True)}
+            used, mean = prototypes_of_batch(targets)
+            message = torch.cat([own, used.to(own), mean.to(own)])
+            scalars, used, mean = torch.split(sum_over_ranks(message), [len(own), len(used), len(mean)])
+            entropy_batch_mean = torch.special.entr(mean / world_size()).sum()
+            shared = torch.stack([(used > 0).sum().to(own), entropy_batch_mean])
+            *numbers, num_used, batch_entropy = torch.cat([scalars / world_size(), shared]).tolist()
+        return {
+            **dict(zip(values, numbers, strict=True)),
+            "train/num_prototypes_used": num_used,
+            "train/entropy_batch_mean": batch_entropy,
+            "train/mutual_information": batch_entropy - numbers[list(values).index("train/entropy_teacher")],
+            "train/loss_uniform": math.log(targets.shape[-1]),
+        }
 
 
 def loss_statistics(terms: LossTerms) -> dict[str, Tensor]:
-    """The loss and those of its terms that this run has, each 0-d."""
+    """The loss, those of its terms that this run has, and the weights of the global and the local one; each 0-d."""
     named = {
         "loss": terms.total,
         "loss_global": terms.global_term,
         "loss_local": terms.local_term,
         "loss_koleo": terms.koleo,
     }
-    return {name: value.detach() for name, value in named.items() if value is not None}
+    statistics = {name: value.detach() for name, value in named.items() if value is not None}
+    if terms.local_term is not None:
+        for name, weight in zip(("weight_global", "weight_local"), terms.weights, strict=True):
+            statistics[name] = weight if isinstance(weight, Tensor) else terms.total.new_full((), weight)
+    return statistics
+
+
+def prototypes_of_batch(teacher_probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """[G*B, K] to two [K]: 1 where a prototype is the most likely one of some output, and the mean of the outputs."""
+    probabilities = _raised(teacher_probabilities)
+    used = probabilities.new_zeros(probabilities.shape[-1])
+    return used.scatter_(0, probabilities.argmax(dim=-1), 1.0), probabilities.mean(dim=0)
 
 
 def distribution_statistics(
     student_logits: Tensor, teacher_probabilities: Tensor, student_temp: float, num_global_views: int
 ) -> dict[str, Tensor]:
-    """How sharp, how alike and how spread the outputs of teacher and student are; every value is 0-d.
+    """How sharp and how alike the outputs of teacher and student are; every value is 0-d.
 
     Computed in at least float32, of the outputs of this rank. Entropies and KL are in nats. Means over pairs run over
     the pairs of the loss: teacher view i with every student view j other than i, all pairs counting equally.
 
+    - `cross_entropy`: mean over pairs; `entropy_teacher + kl_teacher_student`.
     - `entropy_teacher`, `entropy_student`: mean entropy of the outputs, from 0 to ln K; the student's also for its
       global and local views alone (`entropy_student_global`, `entropy_student_local`).
-    - `kl_teacher_student`: mean over pairs of KL(teacher || student). Plus `entropy_teacher` it is the loss (with all
-      pairs weighted equally).
-    - `confidence_teacher`: mean largest probability of the teacher.
+    - `kl_teacher_student`: mean over pairs of KL(teacher || student).
+    - `confidence_teacher`, `confidence_student`: mean largest probability.
     - `teacher_agreement`: share of images for which all teacher views have the same most likely prototype.
     - `student_teacher_agreement`: share of pairs whose most likely prototypes are the same.
-    - `num_prototypes_used`: how many prototypes are the most likely one of some teacher output in this batch, on
-      whichever rank.
 
     Args:
         student_logits: [V*B, K], view-major.
@@ -111,28 +155,30 @@ def distribution_statistics(
     confidence, teacher_top = teacher.max(dim=-1)  # [G, B]
     entropy_teacher = torch.special.entr(teacher).sum(dim=-1).mean()
 
-    entropies, cross_entropies, agreements = [], [], []
+    entropies, confidences, cross_entropies, agreements = [], [], [], []
     for j in range(num_views):  # one at a time: all of [V, B, K] in float32 would be a peak of memory of its own
         compared = [i for i in range(num_global_views) if i != j]
         log_probabilities = torch.log_softmax(_raised(student[j]) / student_temp, dim=-1)  # [B, K]
+        largest, student_top = log_probabilities.max(dim=-1)  # [B]
         entropies.append(-(log_probabilities.exp() * log_probabilities).sum(dim=-1).mean())
+        confidences.append(largest.exp().mean())
         # Linear in the teacher: the sum over pairs needs one product with the sum of its views.
         cross_entropies.append(-(teacher[compared].sum(dim=0) * log_probabilities).sum(dim=-1).mean())
-        agreements.append((teacher_top[compared] == student[j].argmax(dim=-1)).sum(dim=0, dtype=teacher.dtype).mean())
+        agreements.append((teacher_top[compared] == student_top).sum(dim=0, dtype=teacher.dtype).mean())
 
     num_pairs = num_global_views * (num_views - 1)
     cross_entropy = torch.stack(cross_entropies).sum() / num_pairs
     entropy_student = torch.stack(entropies)  # [V]
-    used = teacher.new_zeros(num_prototypes).scatter_(0, teacher_top.flatten(), 1.0)
     statistics = {
+        "cross_entropy": cross_entropy,
         "entropy_teacher": entropy_teacher,
         "entropy_student": entropy_student.mean(),
         "entropy_student_global": entropy_student[:num_global_views].mean(),
         "kl_teacher_student": (cross_entropy - entropy_teacher).clamp(min=0),  # below 0 only by rounding
         "confidence_teacher": confidence.mean(),
+        "confidence_student": torch.stack(confidences).mean(),
         "teacher_agreement": (teacher_top == teacher_top[:1]).all(dim=0).to(teacher.dtype).mean(),
         "student_teacher_agreement": torch.stack(agreements).sum() / num_pairs,
-        "num_prototypes_used": max_over_ranks(used).sum(),
     }
     if num_views > num_global_views:
         statistics["entropy_student_local"] = entropy_student[num_global_views:].mean()

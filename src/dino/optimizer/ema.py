@@ -1,5 +1,6 @@
 """The teacher: an exponential moving average of the student."""
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -51,6 +52,13 @@ class EMA:
         if moved:
             own, other = [pair[0] for pair in moved], [pair[1] for pair in moved]
             torch._foreach_lerp_(own, other, _weights(own, 1 - momentum, skipped))
+
+
+def half_life_steps(momentum: float) -> float:
+    """After how many steps half of the teacher has been replaced, at a constant momentum; infinite at 1, 0 at 0."""
+    if momentum >= 1:
+        return math.inf
+    return math.log(0.5) / math.log(momentum) if momentum > 0 else 0.0
 
 
 def _weights(tensors: list[Tensor], weight: float, skipped: Tensor | None) -> list[Tensor]:

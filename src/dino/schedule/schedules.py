@@ -84,6 +84,12 @@ class Schedule(ABC):
     def warmup_length(self) -> int:
         """Of the warm-up, in units."""
 
+    def rises(self) -> list[int]:
+        """The steps at which a rise (or a warm-up that falls) has come to its end: those of the curve's corners."""
+        if self.warmup_length < 2 or self.warmup_start == self.base:
+            return []
+        return [(self.warmup_length - 1) * (1 if self.per == "step" else self.steps_per_epoch)]
+
     @abstractmethod
     def _after(self, position: int, count: int) -> float:
         """The value at `position` of the `count` units that follow the warm-up, counted from 0."""
@@ -205,6 +211,11 @@ class CosineRestarts(_Moving):
     def _share(self, position: int, count: int) -> float:
         cycle, within = divmod(position * self.num_cycles, count)
         return math.pow(self.decay, cycle) * _half_wave(within, count)
+
+    def rises(self) -> list[int]:
+        count, per_unit = self.length - self.warmup_length, 1 if self.per == "step" else self.steps_per_epoch
+        restarts = [self.warmup_length - (-count * cycle // self.num_cycles) for cycle in range(1, self.num_cycles)]
+        return super().rises() + [restart * per_unit for restart in restarts]
 
 
 @dataclass(frozen=True, kw_only=True)

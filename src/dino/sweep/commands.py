@@ -21,6 +21,7 @@ from dino.sweep.manifest import MANIFEST, Manifest, Trial
 from dino.sweep.report import terminal_report, write
 from dino.sweep.snapshot import take_snapshot
 from dino.sweep.states import (
+    COLLAPSED,
     FAILED,
     FINISHED,
     NOT_A_NUMBER,
@@ -177,7 +178,7 @@ def _goes_on(manifest: Manifest, states: Mapping[str, TrialState]) -> bool:
 
 
 def _may_run(state: TrialState) -> bool:
-    return not state.held and state.state not in (FINISHED, PRUNED)
+    return not state.held and state.state not in (FINISHED, PRUNED, COLLAPSED)
 
 
 def _by_code(

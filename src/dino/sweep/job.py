@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dino.exits import EXIT_BAD_CONFIGURATION, EXIT_PREEMPTED
+from dino.exits import EXIT_BAD_CONFIGURATION, EXIT_COLLAPSED, EXIT_PREEMPTED
 from dino.messages import quoted
 from dino.processes import Processes
 from dino.run import read_status
@@ -148,7 +148,8 @@ class Supervisor:
 
     def _after_failure(self, ended: Ended) -> tuple[int, bool]:
         policy, _, times = str(self.manifest.sweep.get("on_failure", "continue")).partition(":")
-        may_retry = ended.code != EXIT_BAD_CONFIGURATION and self.manifest.cancelled(self.trial) is None
+        in_vain = (EXIT_BAD_CONFIGURATION, EXIT_COLLAPSED)
+        may_retry = ended.code not in in_vain and self.manifest.cancelled(self.trial) is None
         again, outcome = False, None
         if policy == "retry" and may_retry and self._num_failures() < int(times):
             if not self.processes.several:

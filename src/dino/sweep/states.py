@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dino.exits import EXIT_NON_FINITE, EXIT_PREEMPTED
+from dino.exits import EXIT_COLLAPSED, EXIT_NON_FINITE, EXIT_PREEMPTED
 from dino.run import read_status
 from dino.sweep.attempts import End, Start, read_attempts
 from dino.sweep.cluster import Cluster, Live
@@ -19,10 +19,11 @@ from dino.sweep.manifest import Manifest, Trial
 
 PENDING, RUNNING, PREEMPTED, FINISHED = "pending", "running", "preempted", "finished"
 FAILED, KILLED, OUT_OF_MEMORY, TIMED_OUT = "failed", "killed", "out of memory", "timed out"
-NOT_A_NUMBER, CANCELLED, PRUNED = "NaN", "cancelled", "pruned"
+NOT_A_NUMBER, COLLAPSED, CANCELLED, PRUNED = "NaN", "collapsed", "cancelled", "pruned"
 
 UNDER_WAY = (PENDING, RUNNING, PREEMPTED)  # as long as the cluster holds it
-BROKEN = (FAILED, KILLED, OUT_OF_MEMORY, TIMED_OUT, NOT_A_NUMBER)
+BROKEN = (FAILED, KILLED, OUT_OF_MEMORY, TIMED_OUT, NOT_A_NUMBER, COLLAPSED)
+OF_EXIT_CODE = {EXIT_NON_FINITE: NOT_A_NUMBER, EXIT_COLLAPSED: COLLAPSED}
 
 TAIL_BYTES = 32 * 1024  # of metrics.jsonl, for the last logged step; the last evaluation is looked for further back
 
@@ -156,8 +157,8 @@ def _of_end(ends: Sequence[End], status: Mapping[str, Any]) -> tuple[str, str | 
         return CANCELLED, reason
     if end.exit_code == EXIT_PREEMPTED:
         return (TIMED_OUT if end.cause == "time limit" else PREEMPTED), reason or end.cause
-    if end.exit_code == EXIT_NON_FINITE:
-        return NOT_A_NUMBER, reason
+    if end.exit_code in OF_EXIT_CODE:
+        return OF_EXIT_CODE[end.exit_code], reason
     if end.out_of_memory or "out of memory" in (said or ""):
         return OUT_OF_MEMORY, reason or "the system ended it for want of memory"
     if end.signal is not None:
@@ -176,7 +177,7 @@ def _of_silence(
         return OF_SLURM.get(last_word or "", KILLED), f"job {job} ended before the trial began{says}"
     if status.get("state") == "failed":
         out_of_memory = "out of memory" in str(status.get("reason"))
-        broken = NOT_A_NUMBER if status.get("exit_code") == EXIT_NON_FINITE else FAILED
+        broken = OF_EXIT_CODE.get(int(status.get("exit_code") or 0), FAILED)
         return (OUT_OF_MEMORY if out_of_memory else broken), status.get("reason")
     return OF_SLURM.get(last_word or "", KILLED), f"its job ended without a word: killed, or the node went down{says}"
 
@@ -199,7 +200,7 @@ def last_metrics(path: Path) -> dict[str, float]:
         content = path.read_bytes()
     except OSError:
         return metrics
-    last_evaluation = content.rfind(b'"val/')
+    last_evaluation = content.rfind(b', "val/')  # and not the evidence of a verdict, `{"val/`
     first = content.rfind(b"\n", 0, last_evaluation) + 1 if last_evaluation >= 0 else len(content)
     lines = [content[first:].partition(b"\n")[0], *content[-TAIL_BYTES:].splitlines()]
     for line in lines:

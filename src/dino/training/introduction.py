@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dino import ranks
 from dino.augmentation import MultiCrop
+from dino.optimizer import half_life_steps
 from dino.runtime import device_name
 from dino.training.trainer import Trainer
 
@@ -34,12 +35,21 @@ def introduce(trainer: Trainer, config: DictConfig) -> None:
         f"{half_life(schedules.teacher_momentum(0), trainer)}",
         "length": f"{trainer.total_steps} steps, {trainer.steps_per_epoch} an epoch; "
         f"the schedules span {options.epochs} epochs",
+        "moves": _expected_moves(trainer),
         "run": str(trainer.run.directory),
     }
     for name, text in lines.items():
         log.info("%-11s %s", name, text)
     for notice in [*fitted_sizes(config), *trainer.augmentation.notices]:
         log.info("%-11s %s", "note", notice)
+
+
+def _expected_moves(trainer: Trainer) -> str:
+    moves = trainer.health.moves
+    if not moves:
+        return "at no step is the loss expected to jump"
+    causes = (f"{step} ({move.cause.replace('_', ' ')})" for step, found in moves.items() for move in found)
+    return f"the loss is expected to move at step {', '.join(causes)}"
 
 
 def _factors(trainer: Trainer) -> str:
@@ -62,11 +72,11 @@ def fitted_sizes(config: DictConfig) -> list[str]:
 
 def half_life(momentum: float, trainer: Trainer) -> str:
     """After how many steps, samples and epochs half of the teacher has been replaced, at a constant momentum."""
-    if momentum >= 1:
+    steps = half_life_steps(momentum)
+    if math.isinf(steps):
         return "the run (a momentum of 1 never changes the teacher)"
-    if momentum <= 0:
+    if steps == 0:
         return "one step (a momentum of 0 copies the student)"
-    steps = math.log(0.5) / math.log(momentum)
     samples, epochs = steps * trainer.images_per_step, steps / trainer.steps_per_epoch
     return f"{steps:.0f} steps = {samples:,.0f} samples = {epochs:.2g} epochs"
 

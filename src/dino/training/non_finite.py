@@ -118,7 +118,7 @@ def diagnose(
     parameters = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
     terms = output.terms
     named = {"total": terms.total, "global": terms.global_term, "local": terms.local_term, "koleo": terms.koleo}
-    norms = dict(zip((n for n, p in parameters.items() if p.grad is not None), output.grad_norms, strict=False))
+    norms = dict(zip(output.grad_names, output.grad_norms, strict=True))
     layers = _layers(train_step, window[-1])
     return {
         "step": step,

@@ -25,6 +25,7 @@ def state_of(trainer: "Trainer") -> dict[str, Any]:
         "epoch_loss": ranks.gather_objects(trainer.epoch_loss.tolist()),
         "loader": trainer.loader.state_dict(),
         "non_finite": trainer.non_finite.state_dict(),
+        "health": trainer.health.state_dict(),
         "early_stopping": trainer.early_stopping.state_dict(),
         "loggers": {type(logger).__name__: logger.state_dict() for logger in trainer.loggers},
         "latest": dict(trainer.latest),
@@ -46,6 +47,7 @@ def restore(trainer: "Trainer", state: dict[str, Any]) -> None:
     algorithm.scaler.load_state_dict(state["scaler"])
     trainer.loader.load_state_dict(state["loader"])
     trainer.non_finite.load_state_dict(state["non_finite"])
+    trainer.health.load_state_dict(state["health"])
     trainer.early_stopping.load_state_dict(state["early_stopping"])
     for logger in trainer.loggers:
         if type(logger).__name__ in state["loggers"]:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dino.augmentation import ViewBatch
 from dino.loss import DINOLoss, LossTerms
 from dino.model import StudentTeacher
+from dino.monitor import StepTimer
 from dino.optimizer import EMA, ClipMode, cancel_last_layer_gradients, clip_gradients
 from dino.ranks import max_over_ranks
 from dino.runtime import Precision
@@ -49,6 +50,7 @@ class StepOutput:
     loss: Tensor  # 0-d, mean over the micro-batches of this process
     grad_norm: Tensor  # 0-d, before clipping
     grad_norms: Tensor  # [P], the same for each parameter
+    grad_names: Sequence[str]  # P names
     skipped: Tensor  # 0-d, bool: a gradient was not finite, and nothing was updated
     broken: Tensor  # 0-d, bool: skipped, and not because fp16 is still looking for its scale
     scheduled: dict[str, float]
@@ -81,17 +83,21 @@ class TrainStep:
     total_steps: int  # that the schedules span
     student: nn.Module | None = None
     scaler: torch.amp.GradScaler = field(init=False)
+    timer: StepTimer = field(init=False)
 
     def __post_init__(self) -> None:
         # Disabled, it hands everything through (original: main_dino.py, fp16_scaler).
         self.scaler = torch.amp.GradScaler(self.precision.device.type, enabled=self.precision.name == "fp16")
         self.student = self.model.student if self.student is None else self.student
+        self.timer = StepTimer(self.precision.device)
         self._buffers = list(self.model.buffers())
+        self._parameters = list(self.model.student.named_parameters())
 
     def __call__(self, step: int, window: Sequence[ViewBatch]) -> StepOutput:
         """Step number `step` (from 0) on float views of this device."""
         student, teacher = self.model.student, self.model.teacher
         scheduled = self.schedules(step)
+        self.timer.begin()
         self._set_optimizer(scheduled)
         self.optimizer.zero_grad(set_to_none=True)
         buffers = [buffer.clone() for buffer in self._buffers]
@@ -99,11 +105,14 @@ class TrainStep:
         for position, views in enumerate(window, start=1):
             with self._ranks_sum_gradients(position == len(window)):
                 student_logits, terms = self._forward(views, scheduled["teacher_temp"])
+                self.timer.mark("forward")
                 losses.append(terms.total.detach())
                 scaled: Tensor = self.scaler.scale(_nan_if_not_finite(terms.total) / len(window))
                 torch.autograd.backward(scaled)
+                self.timer.mark("backward")
 
         self.scaler.unscale_(self.optimizer)
+        grad_names = [name for name, parameter in self._parameters if parameter.grad is not None]
         grad_norm, grad_norms = clip_gradients(student.parameters(), self.clip_norm, self.clip_mode)
         skipped = ~torch.isfinite(grad_norm)
         loss = torch.stack(losses).mean()
@@ -114,7 +123,9 @@ class TrainStep:
         self._restore_buffers(buffers, skipped)
         self.ema.update(student, teacher, scheduled["teacher_momentum"], skipped)
         self.loss.update(progress=step / self.total_steps, skipped=skipped)
-        return StepOutput(student_logits.detach(), terms, loss, grad_norm, grad_norms, skipped, broken, scheduled)
+        self.timer.mark("update")
+        logits = student_logits.detach()
+        return StepOutput(logits, terms, loss, grad_norm, grad_norms, grad_names, skipped, broken, scheduled)
 
     def _forward(self, views: ViewBatch, teacher_temp: float) -> tuple[Tensor, LossTerms]:
         """Student logits [V*B, K] and the loss of one micro-batch, which center and weights take note of."""

@@ -1,6 +1,9 @@
 """What a finished run has to say: `training_summary.json`, and the last lines in the terminal."""
 
+import contextlib
 import logging
+import traceback
+from pathlib import Path
 from typing import Any
 
 from dino.logger.json_lines import read_lines
@@ -11,7 +14,7 @@ from dino.training.trainer import Trainer
 
 log = logging.getLogger("dino")
 
-NOT_METRICS = {"step", "epoch", "time", "event", "text"}
+NOT_METRICS = {"step", "epoch", "time"}
 
 
 def summarise_run(trainer: Trainer) -> None:
@@ -28,6 +31,7 @@ def summarise_run(trainer: Trainer) -> None:
         "num_skipped_steps": trainer.non_finite.num_skipped,
         "best_checkpoint": {"metric": best.metric, "value": best.best, "step": best.best_step},
         "ended_early": best.reason if best.exhausted else None,
+        "verdicts": dict(trainer.health.counts),
         "metrics": summarise(lines),
     }
     write_json(run_dir / "training_summary.json", summary)
@@ -35,8 +39,21 @@ def summarise_run(trainer: Trainer) -> None:
         log.info(line)
 
 
+def leave_report(run_dir: Path) -> None:
+    """Writes the `report.html` of a run that has finished, and says where it is; a failure is said, and is no more."""
+    from dino.analysis import write_report  # here, since drawing needs packages that training does not
+
+    try:
+        print(f"report      {write_report([run_dir])}", flush=True)
+    except Exception:  # whatever it is, the run itself is complete
+        with contextlib.suppress(OSError), (run_dir / "train.log").open("a") as file:
+            file.write(traceback.format_exc())
+        print(f"the report could not be written (traceback in {run_dir / 'train.log'}): try dino report {run_dir}")
+
+
 def summarise(lines: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Final, mean, min and max of each metric, and `best` with its step where a metric has a better direction."""
+    lines = [line for line in lines if "event" not in line]
     names = sorted({name for line in lines for name in line} - NOT_METRICS)
     return {name: row for name in names if (row := _summary_of(name, lines))}
 
@@ -68,12 +85,22 @@ def closing_words(trainer: Trainer, summary: dict[str, Any], lines: list[dict[st
         words.append(f"speed       {speed['mean']:.1f} images/s, peak memory {memory:.2f} GiB")
     if "val/knn_top1" in metrics:
         words.append(f"k-NN        {_knn_words(metrics, lines)}")
+    words.append(f"health      {_health_words(trainer)}")
     names = [f"checkpoints/{name}.pt" for name in ("best", "last") if (run_dir / f"checkpoints/{name}.pt").exists()]
     return [
         *words,
         f"files       {', '.join([f'{run_dir}: metrics.jsonl', 'training_summary.json', *names])}",
         f"continue    python train.py <same overrides> {as_override('run_dir', run_dir)} resume=auto",
     ]
+
+
+def _health_words(trainer: Trainer) -> str:
+    if trainer.monitor.on_collapse == "off":
+        return "not watched (monitor.on_collapse=off)"
+    counts = trainer.health.counts
+    if not counts:
+        return "nothing found wrong"
+    return "found " + ", ".join(f"{kind} ({count} times)" for kind, count in counts.items())
 
 
 def _knn_words(metrics: dict[str, dict[str, float]], lines: list[dict[str, float]]) -> str:

@@ -17,12 +17,13 @@ from dino.augmentation import MultiCrop, ViewBatch
 from dino.dataset import ImageDataset, TrainLoader
 from dino.evaluation import EvaluationInputs, Evaluator
 from dino.logger import Logger, RunContext
-from dino.monitor import EPOCH_LOSS, Monitor
-from dino.run import Run
-from dino.runtime import peak_memory_gib
+from dino.monitor import EPOCH_LOSS, Monitor, memory_statistics
+from dino.optimizer import half_life_steps
+from dino.run import CollapseError, Run
 from dino.training import checkpoint
 from dino.training.checkpoint import CheckpointStore
 from dino.training.clock import TrainingClock
+from dino.training.health_watch import HealthWatch
 from dino.training.memory import advice_when_out_of_memory
 from dino.training.non_finite import NonFiniteWatch
 from dino.training.options import TrainerOptions
@@ -71,6 +72,7 @@ class Trainer:
             self.options.max_skipped_steps, self.run.directory / "non_finite", ranks.rank()
         )
         self.early_stopping = self.monitor.early_stopping
+        self.health = HealthWatch(self.monitor, self.loggers, self.train_step, self.total_steps, self.settings)
         self.clock = TrainingClock()
         self.epoch_loss = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and number of good steps
         self._changed = False  # since the last checkpoint
@@ -85,6 +87,7 @@ class Trainer:
         Raises:
             Preempted: a signal came; everything is saved.
             NonFiniteError: more broken steps than allowed.
+            CollapseError: a verdict on the run's health, and `monitor.on_collapse` is `stop`.
             SaveError: a checkpoint could not be written, and `trainer.on_save_error` is `stop`, or it was the last.
         """
         try:
@@ -112,7 +115,10 @@ class Trainer:
         count = self.options.accumulate_steps
         batches = self.loader.epoch(epoch, first_batch=position * count)
         for _ in range(position, self.steps_per_epoch):
-            yield [self._to_device(batch) for batch in itertools.islice(batches, count)]
+            started = time.perf_counter()
+            window = [self._to_device(batch) for batch in itertools.islice(batches, count)]
+            self.train_step.timer.waited(time.perf_counter() - started)
+            yield window
 
     def _to_device(self, batch: ViewBatch) -> ViewBatch:
         batch = batch.to(self.device, non_blocking=True)
@@ -127,7 +133,8 @@ class Trainer:
             logger.advance(self.step)
         # Before the statistics: on a GPU this tells of the step before, whose line stands already.
         self._report_broken(self.non_finite.watch(self.step, window, output, self.train_step))
-        self.latest = {name: value for name, value in self.latest.items() if name.startswith("train/")}
+        self.latest = {name: value for name, value in self.latest.items() if not name.startswith("val/")}
+        self.health.announce(self.step)
         if self.monitor.statistics.due(self.step - 1) or self.step == self.total_steps:
             self._log_statistics(output)
 
@@ -154,6 +161,10 @@ class Trainer:
         error = self.checkpoints.take_error()
         if error is not None and self.options.on_save_error == "stop":
             raise error
+        if self.health.collapse is not None:
+            self.save()
+            self.checkpoints.wait()
+            raise CollapseError(f"step {self.step}: {self.health.collapse}")
 
     # ------------------------------------------------------------------ start, log, finish, close
 
@@ -174,11 +185,14 @@ class Trainer:
     def _log_statistics(self, output: StepOutput) -> None:
         seconds, steps = self.clock.lap(), self.step - self._last_logged_step
         self._last_logged_step = self.step
-        metrics = self.monitor.statistics.compute(output, self.train_step.loss)
+        metrics = self.monitor.statistics.compute(output, self.train_step.loss, self.train_step.model.student)
         metrics |= {f"train/{name}": value for name, value in output.scheduled.items()}
+        momentum = output.scheduled["teacher_momentum"]
+        metrics["train/teacher_half_life_samples"] = half_life_steps(momentum) * self.images_per_step
         metrics["perf/step_time_s"] = seconds / steps
         metrics["perf/images_per_s"] = steps * self.images_per_step / seconds
-        metrics["perf/peak_memory_gib"] = peak_memory_gib(self.device)
+        metrics |= self.train_step.timer.lap(steps) | memory_statistics(self.device)
+        self.early_stopping.check(metrics)
         self._log(metrics)
         self.run.update(step=self.step)
 
@@ -186,11 +200,13 @@ class Trainer:
         self.latest |= metrics
         for logger in self.loggers:
             logger.log(self.step, metrics)
+        self.health.look(self.step, metrics)
 
     def _report_broken(self, step: int | None) -> None:
         if step is not None:
             for logger in self.loggers:
                 logger.event(step, "skipped_step", "the loss or a gradient was not finite; nothing was updated")
+            self.health.skipped(step)
 
     def _finish(self) -> None:
         """The last state is on the disk, or the run has failed: on all ranks."""
@@ -253,6 +269,8 @@ class Trainer:
             teacher_temp=self.train_step.schedules.teacher_temp(self.step),
             limit_samples=self.options.limit_evaluation_samples,
             untrained=self.step == 0,
+            directory=self.run.directory,
+            step=self.step,
         )
         metrics: dict[str, float] = {}
         for evaluator in self.evaluators:
@@ -266,7 +284,7 @@ class Trainer:
             self.early_stopping.choose(set(metrics))
         else:
             metrics |= self._close_epoch()
-            self._best_is_new = self.early_stopping.update(self.step, metrics)
+            self._best_is_new = self.early_stopping.update(self.step, self.latest | metrics)
         if metrics:
             self._log(metrics)
 
