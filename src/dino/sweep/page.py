@@ -1,77 +1,38 @@
 """`sweep.html`: all of a sweep on one page, in one file that needs nothing else, offline too."""
 
 import html
+import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from plotly.offline import get_plotlyjs
 
 from dino.messages import show
+from dino.pages import details, document, figure, section, table
 from dino.sweep.collect import EFFECTIVE_RANK, LOSS, Results, Row, Setting, number, with_unit, words
 from dino.sweep.figures import Picture, pictures
-
-# The browser itself refuses whatever would come from elsewhere or go there.
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'"
-)
-BUTTONS = ["toImage", "zoom2d", "pan2d", "autoScale2d"]  # plotly's own choice has one that sends the data to its cloud
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff }
-body { max-width: 1080px; margin: 2em auto; padding: 0 1em }
-h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
-th, td { padding: 3px 10px; text-align: left; vertical-align: top; border-bottom: 1px solid #eee }
-th, td { white-space: nowrap } td.long { white-space: normal; overflow-wrap: anywhere; min-width: 20em }
-th { border-bottom: 1px solid #888 }
-.wide { overflow-x: auto }
-pre { background: #f6f6f6; padding: 8px 12px; font-size: 12px; white-space: pre-wrap; overflow-wrap: anywhere }
-figure { margin: 1.5em 0 } figcaption { color: #555; font-size: 13px }
-"""
 
 
 def page(results: Results) -> str:
     """The whole file. Whatever comes from settings, reasons or logs is escaped."""
-    name = html.escape(results.manifest.name)
     figures = "".join(_figure(picture) for picture in pictures(results))
     body = [
-        f"<h1>Sweep {name}</h1>",
+        f"<h1>Sweep {html.escape(results.manifest.name)}</h1>",
         f"<p>{html.escape(results.summary)}</p>",
-        _section("Best", _best(results)),
-        _section("Settings", _settings(results)),
-        _section("Figures", figures or "<p>There is nothing to draw yet.</p>"),
-        _section("Rankings", _rankings(results)),
-        _section("Trials", _trials(results)),
-        _section("Configuration", _configuration(results)),
-        _section("Provenance", _provenance(results)),
+        section("Best", _best(results)),
+        section("Settings", _settings(results)),
+        section("Figures", figures or "<p>There is nothing to draw yet.</p>"),
+        section("Rankings", _rankings(results)),
+        section("Trials", _trials(results)),
+        section("Configuration", _configuration(results)),
+        section("Provenance", _provenance(results)),
     ]
-    head = [
-        '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Sweep {name}</title>",
-        f"<style>{STYLE}</style>",
-        f"<script>{get_plotlyjs()}</script>",
-    ]
-    lines = ["<!DOCTYPE html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, "</body>", "</html>"]
-    return "\n".join(lines) + "\n"
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>\n{content}\n</section>"
+    return document(f"Sweep {results.manifest.name}", body)
 
 
 def _figure(picture: Picture) -> str:
-    drawn = picture.figure.to_html(
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=picture.name,
-        config={"displaylogo": False, "responsive": True, "modeBarButtons": [BUTTONS]},
-    )
-    title, caption = html.escape(picture.title), html.escape(picture.caption)
-    return f"<figure><strong>{title}</strong>{drawn}<figcaption>{caption}</figcaption></figure>"
+    return figure(picture.name, picture.title, picture.caption, json.loads(picture.figure.to_json()))
 
 
 def _best(results: Results) -> str:
@@ -100,14 +61,14 @@ def _settings(results: Results) -> str:
             ]
         )
     note = "Mean ± standard deviation (n - 1) of the last values of the trials that have finished."
-    return f"<p>{note}</p>{_table([*results.axes, 'seeds', *map(with_unit, results.averaged)], lines)}"
+    return f"<p>{note}</p>{table([*results.axes, 'seeds', *map(with_unit, results.averaged)], lines)}"
 
 
 def _trials(results: Results) -> str:
     metrics = [name for name in dict.fromkeys((results.metric, EFFECTIVE_RANK, LOSS)) if name in results.metrics]
     header = ["trial", "state", "reason", *results.axes, "seed", "step", *map(with_unit, metrics)]
     header += [f"best {results.metric}", "images/s", "restarts", "host", "job"]
-    return _table(header, [_trial(results, row, metrics) for row in results.rows])
+    return table(header, [_trial(results, row, metrics) for row in results.rows])
 
 
 def _trial(results: Results, row: Row, metrics: Sequence[str]) -> list[str]:
@@ -142,7 +103,7 @@ def _rankings(results: Results) -> str:
     note = "With labels by the sweep's metric, without labels by effective rank (higher is better)."
     if results.rank_correlation is not None:
         note += f" Spearman's rank correlation of the two: {results.rank_correlation:.2f}."
-    return f"<p>{html.escape(note)}</p>{_table(['place', *names], lines)}"
+    return f"<p>{html.escape(note)}</p>{table(['place', *names], lines)}"
 
 
 def _place_in(ranked: Sequence[Setting], place: int, metric: str) -> str:
@@ -160,34 +121,18 @@ def _configuration(results: Results) -> str:
     path = row.state.directory / "config.yaml" if row else None
     if row and path and path.exists():
         parts.append((f"All settings of {row.trial.id}", path.read_text()))
-    return "".join(
-        f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>"
-        for title, text in parts
-    )
+    return "".join(details(title, text) for title, text in parts)
 
 
 def _provenance(results: Results) -> str:
     manifest = results.manifest
-    table = _table(
+    snapshots = table(
         ["snapshot", "commit", "SHA-256", "copied from"],
         [[snapshot.folder, snapshot.commit, snapshot.digest, snapshot.source] for snapshot in manifest.snapshots],
     )
     command = html.escape(f"cd {shlex.quote(manifest.cwd)}\n{shlex.join(manifest.command)}")
-    return f"<pre>{command}</pre>{table}"
+    return f"<pre>{command}</pre>{snapshots}"
 
 
 def _yaml(value: Any) -> str:
     return str(yaml.safe_dump(value, sort_keys=False))
-
-
-def _table(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    def row(cells: Iterable[str]) -> str:
-        return "<tr>" + "".join(cells) + "</tr>"
-
-    def cell(text: str) -> str:
-        kind = ' class="long"' if len(text) > 40 else ""
-        return f"<td{kind}>" + html.escape(text).replace("\n", "<br>") + "</td>"
-
-    head = row(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "\n".join(row(map(cell, cells)) for cells in lines)
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
