@@ -55,6 +55,30 @@ def list_checkpoints(run: Annotated[Path, typer.Argument(help="the directory of 
         raise typer.Exit(1)
 
 
+@app.command("report")
+def report_runs(
+    runs: Annotated[list[Path], typer.Argument(help="the directories of one or several runs")],
+    output: Annotated[Path | None, typer.Option(help="the page that is written; report.html of the first run")] = None,
+) -> None:
+    """Whether runs learn, what is wrong and what to change; writes report.html, and plots/ of each run."""
+    from dino.analysis import History, analyse
+    from dino.analysis.history import labels
+    from dino.analysis.report import write
+    from dino.analysis.terminal import terminal_report
+    from dino.launch import answering_bad_values
+
+    with answering_bad_values():
+        analyses = [analyse(History.load(run)) for run in runs]
+    for analysis, name in zip(analyses, labels([analysis.history for analysis in analyses]), strict=True):
+        Console().print(terminal_report(analysis, name))
+    try:
+        path = write(analyses, output)
+    except OSError as error:
+        typer.echo(f"the report cannot be written: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"report: {path}")
+
+
 @data.command("check")
 def data_check(overrides: Overrides = None) -> None:
     """Counts, sizes, modes, unreadable files, exact duplicates and steps per epoch of a dataset."""
@@ -99,21 +123,33 @@ def data_preview(
 
 
 @debug.command("loss")
-def debug_loss(overrides: Overrides = None) -> None:
-    """One batch through student, teacher and loss: every intermediate, and whether what must hold does."""
-    config = _config(overrides)
-    from dino.debug import inspect_loss
+def debug_loss(
+    run_or_overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="a run directory, a config.yaml or nothing; then key=value and group=option, as of train.py"
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="the picture of the distributions that is written")] = Path("loss.png"),
+) -> None:
+    """One batch through student, teacher and loss: every intermediate, and whether what must hold does.
+
+    Of a run: its newest checkpoint. Otherwise the networks are freshly initialised. The exit code is 1 where a check
+    fails.
+    """
+    from dino.debug import inspect_loss, is_path, lines_of, subject_of, subject_of_path, write_figure
     from dino.launch import answering_bad_values
 
+    words = run_or_overrides or []
     with answering_bad_values():
-        inspection = inspect_loss(config)
-    width = max(len(row.name) for row in inspection.rows) + 2
-    typer.echo(f"{'tensor':<{width}}{'shape':<24}{'min':>12}{'max':>12}{'mean':>12}")
-    for row in inspection.rows:
-        shape = f"[{', '.join(map(str, row.shape))}]"
-        typer.echo(f"{row.name:<{width}}{shape:<24}{row.low:>12.5g}{row.high:>12.5g}{row.mean:>12.5g}")
-    for check in inspection.checks:
-        verdict = {True: "ok", False: "WRONG", None: "not checked"}[check.holds]
-        typer.echo(f"{verdict:<12}{check.name} ({check.detail})")
+        if words and is_path(words[0]):
+            subject = subject_of_path(Path(words[0]), words[1:])
+        else:
+            subject = subject_of(_config(words))
+        inspection = inspect_loss(subject)
+    for line in lines_of(inspection):
+        typer.echo(line)
+    write_figure(inspection, output)
+    typer.echo(f"{output}: entropy, largest probability, concentration and agreement of student and teacher")
     if not inspection.sound:
         raise typer.Exit(1)
