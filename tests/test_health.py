@@ -16,7 +16,7 @@ def test_a_collapse_is_said_and_written_down(tmp_path: Path) -> None:
     result = train(*COLLAPSING, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "constant_collapse at step" in result.stdout
-    assert "check the centering (loss.center_momentum (1 -> 0.9))" in result.stdout
+    assert "loss.center_momentum=1: try 0.9 (a center that follows" in result.stdout
     assert "health      found constant_collapse" in result.stdout
     (event,) = [line for line in metrics(tmp_path / "run") if line.get("verdict") == "constant_collapse"]
     assert event["event"] == "verdict"
@@ -32,7 +32,7 @@ def test_a_run_that_is_to_stop_ends_with_its_own_exit_code(tmp_path: Path) -> No
     assert result.returncode == 4
     record = status(tmp_path / "run")
     assert (record["state"], record["exit_code"]) == ("failed", 4)
-    assert "constant collapse, for 10 steps; check the centering" in record["reason"]
+    assert "constant collapse, for 10 steps. loss.center_momentum=1: try 0.9" in record["reason"]
     assert last_state(tmp_path / "run")["step"] == record["step"] < 48
     assert metrics(tmp_path / "run")[-1]["event"] == "verdict"
 

@@ -7,10 +7,11 @@ from typing import Literal
 from dino.analysis.anomalies import Anomaly, anomalies
 from dino.analysis.correlations import Correlation, correlations
 from dino.analysis.history import History
-from dino.analysis.recommendations import Recommendation, recommendations
+from dino.analysis.recommendations import recommendations
 from dino.analysis.score import Deduction, deductions
 from dino.analysis.statistics import Trend, trend
 from dino.analysis.verdicts import Verdict, verdicts
+from dino.monitor.advice import Recommendation
 
 Learning = Literal["learns", "collapsed", "diverged", "does not learn", "not yet known"]
 ANSWERS: dict[Learning, str] = {

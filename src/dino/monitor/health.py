@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dino.monitor.advice import ADVICE, recommended
 from dino.monitor.verdicts import JUDGEMENTS, Finding, Look, Thresholds, feature_collapse, plateau
 
 WINDOW = 50  # logged steps
 QUALITY = ("val/knn_top1", "val/effective_rank", "val/view_retrieval_top1")
 PARTS = ("train/cross_entropy", "train/entropy_teacher", "train/kl_teacher_student")
+MOST_ADVICE = 3  # recommendations in the sentence of a verdict; the report has all
 LOW_LR = 0.1  # share of the highest learning rate below which a loss may well stand still
 BETTER = 1.002  # times the evaluation before
 
@@ -72,11 +74,7 @@ class Health(Thresholds):
 
     def skipped(self, step: int) -> list[Verdict]:
         """Takes note of a step whose loss or gradient was not finite."""
-        lr = self._look(step, {}).scaled("optimizer.lr", 0.3)
-        advice = (
-            f"see non_finite/ in the run directory; lower {lr} or clip harder, and use fp32 or bf16 in place of fp16"
-        )
-        return self._said_now(step, "non_finite", Finding("a loss or gradient was not finite", advice))
+        return self._said_now(step, "non_finite", Finding("a loss or gradient was not finite, see non_finite/"))
 
     def expect_move(self) -> None:
         """From here on the loss may go elsewhere: how it moved before says nothing of how it moves now."""
@@ -162,7 +160,6 @@ class Health(Thresholds):
             grad_norms=self._grad_norms,
             untrained=self._untrained,
             settled=step >= self.facts.settled_step,
-            settings=self.facts.settings,
             thresholds=self,
         )
 
@@ -176,7 +173,8 @@ class Health(Thresholds):
             return []
         self._said[kind] = step
         for_long = f", for {held} steps" if held else ""
-        text = f"{finding.what}{for_long}; {finding.advice}"
+        advice = "; ".join(map(str, recommended(self.facts.settings, ADVICE[kind])[:MOST_ADVICE]))
+        text = f"{finding.what}{for_long}. {advice}".rstrip(". ")
         return [Verdict(kind, text, severe, self.counts[kind], finding.evidence)]
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,12 +8,8 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
-
-from dino.messages import show
 
 MIN_LOOKS = 20  # logged steps before something is said of how figures move
-CLIPPING = "trainer.clip_norm (null -> 3.0)"
 SMALL_GRAD_NORM = 0.1  # below this no norm is usual: a hundred times of little is no explosion
 UNIFORM = 0.95  # share of ln K from which an entropy counts as that of the uniform distribution
 INFORMATION = ("train/entropy_teacher", "train/entropy_batch_mean", "train/mutual_information")
@@ -81,7 +77,6 @@ class Look:
     grad_norms: Sequence[float]  # of the last looks, this one not included
     untrained: Mapping[str, float]  # the evaluation of step 0
     settled: bool  # warm-ups are over
-    settings: Mapping[str, Any]  # dotted key -> value of the config
     thresholds: Thresholds
 
     def __getitem__(self, name: str) -> float:
@@ -98,28 +93,12 @@ class Look:
         """Whether the teacher's output is the same whatever the image."""
         return self["train/mutual_information"] < self.thresholds.min_information
 
-    def key(self, name: str, proposal: str = "") -> str:
-        """A config key with its present value, and a proposal."""
-        value = show(self.settings.get(name))
-        return f"{name} ({value} -> {proposal})" if proposal and value != proposal else f"{name} ({value})"
-
-    def scaled(self, name: str, factor: float) -> str:
-        """The same, proposing `factor` times the present value."""
-        value = self.settings.get(name)
-        return self.key(name, f"{value * factor:.2g}") if isinstance(value, int | float) else self.key(name)
-
-    @property
-    def clip_norm(self) -> str:
-        """`trainer.clip_norm`, with clipping proposed where there is none, and harder clipping where there is."""
-        return self.scaled("trainer.clip_norm", 0.3) if self.settings.get("trainer.clip_norm") else CLIPPING
-
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong, what to do about it, and the figures that say so."""
+    """What is wrong, and the figures that say so."""
 
     what: str
-    advice: str
     evidence: dict[str, float] = field(default_factory=dict)
 
 
@@ -139,8 +118,6 @@ def uniform_collapse(look: Look) -> Finding | None:
         f"the loss of {look['train/cross_entropy']:.3f} is that of a guess, ln K = {look.uniform:.3f}: the teacher "
         f"gives every image the uniform distribution (entropy {entropy:.3f}) and the student follows it "
         f"(KL {look['train/kl_teacher_student']:.1e}): uniform collapse",
-        f"lower {look.scaled('loss.teacher_temp', 0.5)}, check that the center moves "
-        f"({look.key('loss.center_momentum')}), for small batches raise {look.key('ema.momentum')}",
         _evidence(look, "train/cross_entropy", "train/loss_uniform", "train/kl_teacher_student", *INFORMATION),
     )
 
@@ -153,8 +130,6 @@ def constant_collapse(look: Look) -> Finding | None:
     return Finding(
         f"the teacher gives every image the same output (entropy {entropy:.2f} of one image and of the whole batch): "
         "constant collapse",
-        f"check the centering ({look.key('loss.center_momentum', '0.9')}), raise {look.scaled('loss.teacher_temp', 2)} "
-        f"or {look.key('dataset.batch_size')}, lower {look.scaled('optimizer.lr', 0.3)}",
         _evidence(look, *INFORMATION, "train/num_prototypes_used"),
     )
 
@@ -171,8 +146,6 @@ def feature_collapse(look: Look) -> Finding | None:
             return Finding(
                 f"{name} has fallen to {value:.3g} ({look.untrained.get(name, math.nan):.3g} untrained): the features "
                 "of all images become the same, constant collapse",
-                f"check the centering ({look.key('loss.center_momentum', '0.9')}), raise "
-                f"{look.key('loss.koleo_weight', '0.1')}, lower {look.scaled('optimizer.lr', 0.3)}",
                 {name: value},
             )
     return None
@@ -187,8 +160,6 @@ def entropy_collapse(look: Look) -> Finding | None:
     return Finding(
         f"the teacher puts {100 * confidence:.1f} % of its probability on one prototype (entropy {entropy:.1e}): "
         "entropy collapse",
-        f"raise {look.scaled('loss.teacher_temp', 2)}, and lower {look.scaled('optimizer.lr', 0.3)} "
-        "if its logits grow without end",
         _evidence(look, "train/entropy_teacher", "train/confidence_teacher"),
     )
 
@@ -202,8 +173,6 @@ def disagreement(look: Look) -> Finding | None:
         return None
     return Finding(
         f"student and teacher have the same most likely prototype for only {100 * agreement:.2f} % of the pairs",
-        f"lower {look.scaled('optimizer.lr', 0.3)}, check that the views of an image have something in common "
-        f"({look.key('augmentation.global_scale')}, {look.key('augmentation.local_scale')})",
         {"train/student_teacher_agreement": agreement} | _evidence(look, "train/cross_entropy"),
     )
 
@@ -219,8 +188,6 @@ def center_explosion(look: Look) -> Finding | None:
         return None
     return Finding(
         f"the center has grown to a norm of {norm:.3g} (limit {limit:.3g})",
-        f"lower {look.scaled('optimizer.lr', 0.3)}, set {look.key('head.norm_last_layer', 'true')} or clip harder "
-        f"({look.clip_norm})",
         _evidence(look, "train/center_norm"),
     )
 
@@ -233,8 +200,6 @@ def loss_explosion(look: Look) -> Finding | None:
         return None
     return Finding(
         f"the cross-entropy of {loss:.3g} is far above ln K = {look.uniform:.2f}: the loss explodes",
-        f"lower {look.scaled('optimizer.lr', 0.1)}, lengthen {look.key('schedule.lr.warmup_epochs')}, clip harder "
-        f"({look.clip_norm})",
         _evidence(look, "train/cross_entropy", "train/loss_uniform"),
     )
 
@@ -249,8 +214,6 @@ def gradient_explosion(look: Look) -> Finding | None:
     before = f", {norm / usual:.0f} times the usual {usual:.2g}" if usual < math.inf else ""
     return Finding(
         f"the norm of the gradients is {norm:.3g}{before}: they explode",
-        f"clip them ({look.clip_norm}), lower {look.scaled('optimizer.lr', 0.3)}, lengthen "
-        f"{look.key('schedule.lr.warmup_epochs')}",
         _evidence(look, "train/grad_norm"),
     )
 
@@ -262,8 +225,6 @@ def gradient_vanishing(look: Look) -> Finding | None:
         return None
     return Finding(
         f"the norm of the gradients is {norm:.1e}: they vanish, and nothing is learned",
-        f"lower {look.scaled('loss.student_temp', 0.5)} where it is above 0.1, check for a collapse, and that "
-        "backbone.weights fit",
         _evidence(look, "train/grad_norm"),
     )
 
@@ -282,8 +243,6 @@ def oscillation(look: Look) -> Finding | None:
         return None
     return Finding(
         f"the loss swings by {deviation:.2g} around its trend, {100 * deviation / look.uniform:.0f} % of ln K",
-        f"lower {look.scaled('optimizer.lr', 0.3)}, raise {look.key('ema.momentum')} or "
-        f"{look.key('dataset.batch_size')}",
         {"deviation": deviation, "train/loss_uniform": look.uniform},
     )
 
@@ -301,8 +260,6 @@ def plateau(look: Look, before: Mapping[str, float], now: Mapping[str, float]) -
         return None
     return Finding(
         f"the loss stays at {now['train/cross_entropy']:.3f} and its parts move by less than {change:.1e}: a plateau",
-        f"check that the teacher follows ({look.key('ema.momentum')}) and {look.key('optimizer.lr')}, "
-        f"lower {look.scaled('loss.teacher_temp', 0.5)} if the loss is near ln K = {look.uniform:.2f}",
         {"train/cross_entropy": now["train/cross_entropy"], "change": change},
     )
 
