@@ -181,6 +181,7 @@ RULES: dict[str, Rule] = {
     "trainer.on_save_error": one_of("warn", "stop"),
     "trainer.max_skipped_steps": AT_LEAST_0,
     "monitor.every_steps": AT_LEAST_1,
+    "monitor.gradients_every": AT_LEAST_1,
     "monitor.on_collapse": one_of("warn", "stop", "off"),
     "monitor.report": FLAG,
     "monitor.health.patience_steps": AT_LEAST_1,

@@ -6,7 +6,7 @@ import torch
 
 from dino.backbone import VisionTransformer
 from dino.model import DINOHead, MultiCropModel
-from dino.monitor.gradients import gradient_statistics, group_of
+from dino.monitor.gradients import gradient_distributions, gradient_norms, group_of
 from dino.optimizer import cancel_last_layer_gradients, clip_gradients
 
 GROUPS = [
@@ -36,7 +36,7 @@ def test_every_group_against_numpy(student: MultiCropModel) -> None:
     names = [name for name, parameter in student.named_parameters() if parameter.grad is not None]
     before = {name: student.get_parameter(name).grad.clone().numpy() for name in names}  # type: ignore[union-attr]
     _, norms = clip_gradients(student.parameters(), 2.0)
-    found = gradient_statistics(student, names, norms)
+    found = gradient_norms(names, norms) | gradient_distributions(student, names)
     assert list(dict.fromkeys(name.split("/")[1] for name in found)) == GROUPS
     for group in GROUPS:
         own = [name for name in names if group_of(name) == group]
@@ -56,7 +56,7 @@ def test_a_frozen_last_layer_has_a_norm_only(student: MultiCropModel) -> None:
     names = [name for name, parameter in student.named_parameters() if parameter.grad is not None]
     _, norms = clip_gradients(student.parameters(), None)
     cancel_last_layer_gradients(student)
-    found = gradient_statistics(student, names, norms)
+    found = gradient_norms(names, norms) | gradient_distributions(student, names)
     assert [name for name in found if "last_layer" in name] == ["grad/head.last_layer/norm"]
     assert "grad/head.mlp/std" in found
 

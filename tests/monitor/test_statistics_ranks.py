@@ -33,7 +33,7 @@ def compute(student: Tensor, teacher: Tensor) -> dict[str, float]:
     network.weight.grad = torch.ones(2, 2, dtype=torch.float64)
     norm = torch.tensor(1.5, dtype=torch.float64)
     figures = Figures(rows, loss(rows, teacher_rows, 2, 0.05), norm, norm[None], ["weight"])
-    return Statistics().compute(figures, loss, network)
+    return Statistics().compute(0, figures, loss, network)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

@@ -62,7 +62,7 @@ def one_hot(rows: list[int], prototypes: int) -> Tensor:
 def test_the_loss_is_teacher_entropy_plus_kl(num_views: int) -> None:
     """Exactly, with the center that the loss was computed with and every pair counting equally."""
     loss = make_loss()
-    found = Statistics().compute(figures_of(loss, num_views), loss, STUDENT)
+    found = Statistics().compute(0, figures_of(loss, num_views), loss, STUDENT)
     assert found["train/kl_teacher_student"] > 0.1
     total = found["train/entropy_teacher"] + found["train/kl_teacher_student"]
     assert found["train/loss"] == pytest.approx(total, rel=1e-12)
@@ -73,7 +73,7 @@ def test_the_split_holds_to_a_millionth_in_float32() -> None:
     loss = DINOLoss(EMACentering(out_dim=16), student_temp=STUDENT_TEMP, koleo_weight=0.1)
     student, teacher = random_logits(4, 3, 16, 0, torch.float32), random_logits(2, 3, 16, 1, torch.float32)
     figures = Figures(student, loss(student, teacher, 2, TEACHER_TEMP, torch.randn(12, 5)), *GRADIENTS)
-    found = Statistics().compute(figures, loss, STUDENT)
+    found = Statistics().compute(0, figures, loss, STUDENT)
     total = found["train/entropy_teacher"] + found["train/kl_teacher_student"]
     assert found["train/cross_entropy"] == pytest.approx(total, abs=1e-6)
 
@@ -172,7 +172,7 @@ def test_low_precision_logits_are_raised_first() -> None:
 def test_compute_gives_the_promised_names_and_reads_the_loss_exactly() -> None:
     loss = make_loss()
     figures = figures_of(loss)
-    found = Statistics().compute(figures, loss, STUDENT)
+    found = Statistics().compute(0, figures, loss, STUDENT)
     promised = {
         "loss loss_global loss_local entropy_teacher entropy_student entropy_student_global entropy_student_local "
         "kl_teacher_student confidence_teacher teacher_agreement student_teacher_agreement num_prototypes_used "
@@ -190,7 +190,7 @@ def test_compute_gives_the_promised_names_and_reads_the_loss_exactly() -> None:
 
 def test_terms_that_a_run_does_not_have_are_left_out() -> None:
     loss = DINOLoss(SinkhornKnopp(), student_temp=STUDENT_TEMP)
-    found = Statistics().compute(figures_of(loss, num_views=2, dtype=torch.float32), loss, STUDENT)
+    found = Statistics().compute(0, figures_of(loss, num_views=2, dtype=torch.float32), loss, STUDENT)
     assert found.keys().isdisjoint({"train/loss_local", "train/entropy_student_local", "train/center_norm"})
 
 
@@ -200,14 +200,14 @@ def test_the_koleo_term_is_shown_where_it_is_used() -> None:
     terms = loss(student, teacher, 2, TEACHER_TEMP, torch.randn(12, 5))
     figures = Figures(student, terms, *GRADIENTS)
     assert terms.koleo is not None
-    assert Statistics().compute(figures, loss, STUDENT)["train/loss_koleo"] == pytest.approx(terms.koleo.item())
+    assert Statistics().compute(0, figures, loss, STUDENT)["train/loss_koleo"] == pytest.approx(terms.koleo.item())
 
 
 def test_of_the_whole_batch_against_numpy() -> None:
     """The mean output, what it says of the images, and the prototypes in use."""
     loss = make_loss()
     figures = figures_of(loss)
-    found = Statistics().compute(figures, loss, STUDENT)
+    found = Statistics().compute(0, figures, loss, STUDENT)
     p = figures.terms.targets.numpy()
     mean = p.mean(axis=0)
     entropy = float(-(mean * np.log(mean)).sum())
@@ -223,7 +223,7 @@ def test_the_weights_of_the_terms_make_the_loss(weighting: WeightingName) -> Non
         figures = figures_of(loss)
         loss.observe(random_logits(2, 3, 16, 1), figures.terms)
         loss.update(progress=0.2 * (step + 1))
-    found = Statistics().compute(figures_of(loss), loss, STUDENT)
+    found = Statistics().compute(0, figures_of(loss), loss, STUDENT)
     weighted = [found[f"train/weight_{name}"] * found[f"train/loss_{name}"] for name in ("global", "local")]
     assert found["train/loss"] == pytest.approx(sum(weighted), rel=1e-12)
     assert found["train/weight_local"] == {"pairs": 8 / 10, "balanced": 1.0}.get(weighting, found["train/weight_local"])
@@ -243,15 +243,24 @@ def test_the_host_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = make_loss()
     figures = figures_of(loss)
     reads.clear()
-    Statistics().compute(figures, loss, STUDENT)
+    Statistics().compute(0, figures, loss, STUDENT)
     assert reads == ["tolist"]
+
+
+def test_distributions_of_gradients_are_measured_at_some_of_the_logged_steps() -> None:
+    loss = make_loss()
+    statistics, figures = Statistics(every_steps=2, gradients_every=3), figures_of(loss)
+    logged = [step for step in range(18) if statistics.due(step)]
+    found = [step + 1 for step in logged if "grad/weight/std" in statistics.compute(step, figures, loss, STUDENT)]
+    assert found == [1, 6, 12, 18]
+    assert all("grad/weight/norm" in statistics.compute(step, figures, loss, STUDENT) for step in logged)
 
 
 def test_the_loss_module_is_only_read() -> None:
     loss = make_loss()
     figures = figures_of(loss)
     before = {name: value.clone() for name, value in loss.state_dict().items()}
-    Statistics().compute(figures, loss, STUDENT)
+    Statistics().compute(0, figures, loss, STUDENT)
     for name, value in loss.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -272,7 +281,7 @@ def test_a_period_below_one_is_refused() -> None:
 def test_a_gpu_gives_the_same_and_waits_for_the_device_once() -> None:
     loss = make_loss()
     figures = figures_of(loss)
-    expected = Statistics().compute(figures, loss, STUDENT)
+    expected = Statistics().compute(0, figures, loss, STUDENT)
     loss.cuda()
     student, teacher = figures.student_logits.cuda(), random_logits(2, 3, 16, 1).cuda()
     terms = loss(student, teacher, 2, TEACHER_TEMP)
@@ -281,7 +290,7 @@ def test_a_gpu_gives_the_same_and_waits_for_the_device_once() -> None:
     try:
         with warnings.catch_warnings(record=True) as synchronisations:
             warnings.simplefilter("always")
-            found = Statistics().compute(on_gpu, loss, copy.deepcopy(STUDENT).cuda())
+            found = Statistics().compute(0, on_gpu, loss, copy.deepcopy(STUDENT).cuda())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert found == pytest.approx(expected, rel=1e-9)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import metrics
+from command_line import REPOSITORY, metrics
 
 from dino.monitor import Health
 from dino.monitor.health import Facts
@@ -43,19 +43,20 @@ Train = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture
 def train(tmp_path: Path) -> Train:
-    """Trains with overrides in this process; the events of its metrics.jsonl."""
+    """Trains with overrides of a small run."""
+    return lambda *overrides: events_of(tmp_path, *SMALL, *overrides)
 
-    def train(*overrides: str) -> list[dict[str, Any]]:
-        config, _ = checked([*SMALL, *overrides])
-        run = Run(tmp_path / "run", {})
-        logging.getLogger("dino").setLevel(logging.ERROR)
-        trainer = assemble(config, run)
-        run.directory.mkdir(exist_ok=True)
-        with contextlib.suppress(NonFiniteError):
-            trainer.fit()
-        return [line for line in metrics(run.directory) if "event" in line]
 
-    return train
+def events_of(folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    """Trains in this process; the events of its metrics.jsonl."""
+    config, _ = checked(overrides)
+    run = Run(folder / "run", {})
+    logging.getLogger("dino").setLevel(logging.ERROR)
+    trainer = assemble(config, run)
+    run.directory.mkdir(exist_ok=True)
+    with contextlib.suppress(NonFiniteError):
+        trainer.fit()
+    return [line for line in metrics(run.directory) if "event" in line]
 
 
 def verdicts(events: list[dict[str, Any]]) -> list[str]:
@@ -124,6 +125,28 @@ def test_a_run_that_learns_has_none(train: Train) -> None:
     events = train(*QUICKSTART)
     assert verdicts(events) == []
     assert [event["cause"] for event in events if event["event"] == "expected_move"] == ["last_layer_unfrozen"]
+
+
+PAPER = sorted(path.stem for path in (REPOSITORY / "conf" / "experiment").glob("dino_*.yaml"))
+SHORTENED = [  # photographs of 64 and 32 px, 40 steps; everything else as published
+    *("trainer.epochs=5", "trainer.limit_steps_per_epoch=8", "trainer.accumulate_steps=1", "dataset.batch_size=8"),
+    *("dataset.num_workers=0", "augmentation.global_size=64", "augmentation.local_size=32", "head.out_dim=1024"),
+    *("augmentation.num_local_views=2", "schedule.lr.warmup_epochs=1", "trainer.precision=bf16", "~logger.console"),
+    *("trainer.limit_evaluation_samples=32", "monitor.every_steps=1", "monitor.health.patience_steps=10"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAPER)
+def test_the_recipes_of_the_paper_have_none(tmp_path: Path, shared_data: Callable[[str], Path], name: str) -> None:
+    root = shared_data("imagenette_mini")
+    # Those with a warm-up of the temperature keep one, in proportion.
+    config, _ = checked([f"experiment={name}", f"dataset.root={root}"])
+    warm_up = ["loss.warmup_teacher_temp_epochs=2"] if config.loss.warmup_teacher_temp_epochs else []
+    events = events_of(tmp_path, f"experiment={name}", f"dataset.root={root}", *SHORTENED, *warm_up)
+    assert verdicts(events) == []
+    causes = {event["cause"] for event in events}
+    assert causes >= {"last_layer_unfrozen", "lr_peak"}
 
 
 def test_a_collapse_that_is_to_stop_the_run_stops_it(train: Train, tmp_path: Path) -> None:

@@ -13,28 +13,35 @@ from torch import Tensor, nn
 BLOCKS = ("blocks", "layers", "features", "stages")  # lists whose items are groups of their own
 
 
-def gradient_statistics(student: nn.Module, names: Sequence[str], norms: Tensor) -> dict[str, Tensor]:
-    """`grad/<group>/norm`, `mean`, `std`, `min` and `max`, each 0-d, of each group in the order of the network.
-
-    The norm is that before clipping; the other four are of the gradients as the optimizer has seen them. A frozen last
-    layer has a norm only.
+def gradient_norms(names: Sequence[str], norms: Tensor) -> dict[str, Tensor]:
+    """`grad/<group>/norm`, each 0-d, before clipping, of each group in the order of the network.
 
     Args:
-        student: whose parameters still have their gradients.
-        names: of the P parameters that had one when it was clipped.
+        names: of the P parameters that had a gradient when it was clipped.
         norms: [P], before clipping.
     """
     groups, places = _groups_of(tuple(names), norms.device)
     squares = norms.new_zeros(len(groups)).index_add_(0, places, norms.square())
-    statistics = {f"grad/{group}/norm": norm for group, norm in zip(groups, squares.sqrt().unbind(), strict=True)}
+    return {f"grad/{group}/norm": norm for group, norm in zip(groups, squares.sqrt().unbind(), strict=True)}
 
+
+def gradient_distributions(student: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """`grad/<group>/mean`, `std`, `min` and `max`, each 0-d, of the gradients as the optimizer has seen them.
+
+    A frozen last layer has none.
+
+    Args:
+        student: whose parameters still have their gradients.
+        names: of the P parameters that had one when it was clipped.
+    """
     parameters = dict(student.named_parameters())
     found = {name: gradient for name in names if (gradient := parameters[name].grad) is not None}
     if not found:
-        return statistics
+        return {}
     gradients = list(found.values())
-    groups, places = _groups_of(tuple(found), norms.device)
-    count = _sizes(tuple(found), tuple(gradient.numel() for gradient in gradients), norms.device)
+    device = gradients[0].device
+    groups, places = _groups_of(tuple(found), device)
+    count = _sizes(tuple(found), tuple(gradient.numel() for gradient in gradients), device)
     ends = [gradient.aminmax() for gradient in gradients]
 
     def over_groups(values: Sequence[Tensor], how: Literal["sum", "amin", "amax"]) -> Tensor:
@@ -50,9 +57,11 @@ def gradient_statistics(student: nn.Module, names: Sequence[str], norms: Tensor)
         "min": over_groups([end.min for end in ends], "amin"),
         "max": over_groups([end.max for end in ends], "amax"),
     }
-    for kind, values in figures.items():
-        statistics |= {f"grad/{group}/{kind}": value for group, value in zip(groups, values.unbind(), strict=True)}
-    return statistics
+    return {
+        f"grad/{group}/{kind}": value
+        for kind, values in figures.items()
+        for group, value in zip(groups, values.unbind(), strict=True)
+    }
 
 
 def group_of(name: str) -> str:

@@ -16,6 +16,7 @@ class Monitor:
 
     Args:
         every_steps: period of the statistics.
+        gradients_every: at one of so many logged steps also mean, deviation and extremes of the gradients.
         on_collapse: what a verdict does. `warn`: it is said and written down; `stop`: one that the run will not
             recover from ends it with exit code 4; `off`: there are none.
         report: whether the run leaves a `report.html`.
@@ -25,6 +26,7 @@ class Monitor:
     """
 
     every_steps: int = 10
+    gradients_every: int = 10
     on_collapse: OnCollapse = "warn"
     report: bool = True
     health: Health = field(default_factory=Health)
@@ -36,4 +38,4 @@ class Monitor:
 
     @property
     def statistics(self) -> Statistics:
-        return Statistics(self.every_steps)
+        return Statistics(self.every_steps, self.gradients_every)

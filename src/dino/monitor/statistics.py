@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dino.loss import DINOLoss, EMACentering, LossTerms
-from dino.monitor.gradients import gradient_statistics
+from dino.monitor.gradients import gradient_distributions, gradient_norms
 from dino.ranks import sum_over_ranks, world_size
 
 
@@ -43,22 +43,28 @@ class StepFigures(Protocol):
 class Statistics:
     """Metrics under `train/` and `grad/`, of the first step and of every `every_steps`-th.
 
+    Args:
+        every_steps: period.
+        gradients_every: at one of so many logged steps the distribution of the gradients is measured too.
+
     Raises:
         ValueError: for a period below 1.
     """
 
     every_steps: int = 10
+    gradients_every: int = 10
 
     def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ValueError(f"monitor.every_steps={self.every_steps}: use a whole number of at least 1")
+        for name in ("every_steps", "gradients_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"monitor.{name}={getattr(self, name)}: use a whole number of at least 1")
 
     def due(self, step: int) -> bool:
         """Whether step number `step`, counted from 0, is logged: with a period of 10 the 1st, 10th, 20th, ..."""
         return step == 0 or (step + 1) % self.every_steps == 0
 
     def compute(
-        self, figures: StepFigures, loss: DINOLoss, student: nn.Module, num_global_views: int = 2
+        self, step: int, figures: StepFigures, loss: DINOLoss, student: nn.Module, num_global_views: int = 2
     ) -> dict[str, float]:
         """Everything about one step; the host waits for the device once, when all of it is read.
 
@@ -72,6 +78,7 @@ class Statistics:
         batch of all.
 
         Args:
+            step: its number, counted from 0.
             figures: what the step has left.
             loss: read, not changed.
             student: whose gradients still lie in its parameters.
@@ -87,7 +94,9 @@ class Statistics:
             if isinstance(loss.centering, EMACentering):
                 values["center_norm"] = loss.centering.center.norm()
             values = {f"train/{name}": value for name, value in values.items()}
-            values |= gradient_statistics(student, figures.grad_names, figures.grad_norms)
+            values |= gradient_norms(figures.grad_names, figures.grad_norms)
+            if step == 0 or (step + 1) % (self.every_steps * self.gradients_every) == 0:
+                values |= gradient_distributions(student, figures.grad_names)
             own = torch.stack([value.to(figures.terms.total) for value in values.values()])
             used, mean = prototypes_of_batch(targets)
             message = torch.cat([own, used.to(own), mean.to(own)])

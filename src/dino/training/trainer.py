@@ -185,7 +185,8 @@ class Trainer:
     def _log_statistics(self, output: StepOutput) -> None:
         seconds, steps = self.clock.lap(), self.step - self._last_logged_step
         self._last_logged_step = self.step
-        metrics = self.monitor.statistics.compute(output, self.train_step.loss, self.train_step.model.student)
+        loss, student = self.train_step.loss, self.train_step.model.student
+        metrics = self.monitor.statistics.compute(self.step - 1, output, loss, student)
         metrics |= {f"train/{name}": value for name, value in output.scheduled.items()}
         momentum = output.scheduled["teacher_momentum"]
         metrics["train/teacher_half_life_samples"] = half_life_steps(momentum) * self.images_per_step
