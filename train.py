@@ -24,11 +24,12 @@ def train(config: DictConfig) -> None:
     from dino.ranks import from_main, process_group
     from dino.run import Run
     from dino.runtime import choose_device, provenance
-    from dino.training import assemble, introduce, leave_report, resume_or_start, summarise_run
+    from dino.training import assemble, introduce, leaving_report, resume_or_start, summarise_run
 
     processes = Processes.from_environment()
     device = choose_device(config.trainer.device, processes.local_rank)
     with (
+        leaving_report(run_directory(config), wanted=processes.is_main and config.monitor.report),
         process_group(processes, device),
         Run(from_main(run_directory(config)), provenance(), processes) as run,
     ):
@@ -41,8 +42,6 @@ def train(config: DictConfig) -> None:
         introduce(trainer, config)
         trainer.fit()
         summarise_run(trainer)
-    if processes.is_main and config.monitor.report:
-        leave_report(run.directory)
 
 
 if __name__ == "__main__":

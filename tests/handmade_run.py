@@ -135,6 +135,17 @@ def verdict(step: int, kind: str, *, severe: bool, count: int = 1, text: str = "
     }
 
 
+def over(step: int, kind: str) -> dict[str, Any]:
+    return {
+        "step": step,
+        "event": "verdict_over",
+        "verdict": kind,
+        "text": "no longer holds",
+        "severe": True,
+        "count": 1,
+    }
+
+
 def expected_move(step: int) -> dict[str, Any]:
     return {"step": step, "event": "expected_move", "cause": "lr_peak", "text": "the learning rate is at its peak"}
 

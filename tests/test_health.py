@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import last_state, metrics, status, train
+from command_line import finish, last_state, metrics, start_ranks, status, train
 
 COLLAPSING = [  # without centering every output becomes the same
     *("run_dir=run", "loss.center_momentum=1", "loss.koleo_weight=0", "schedule.lr.warmup_epochs=0"),
@@ -37,13 +37,33 @@ def test_a_run_that_is_to_stop_ends_with_its_own_exit_code(tmp_path: Path) -> No
     assert metrics(tmp_path / "run")[-1]["event"] == "verdict"
 
 
-def test_all_ranks_stop_at_the_same_step(tmp_path: Path) -> None:
-    from command_line import finish, start_ranks
+def test_a_collapsed_run_leaves_a_report_that_says_so(tmp_path: Path) -> None:
+    result = train(*COLLAPSING, "monitor.on_collapse=stop", "monitor.report=true", cwd=tmp_path)
+    assert result.returncode == 4
+    assert "report      " in result.stdout
+    assert "It has collapsed" in (tmp_path / "run" / "report.html").read_text()
 
+
+def test_all_ranks_stop_at_the_same_step(tmp_path: Path) -> None:
     ranks = start_ranks(2, *COLLAPSING, "monitor.on_collapse=stop", cwd=tmp_path)
     results = [finish(process) for process in ranks]
     assert [result.returncode for result in results] == [4, 4], [result.stderr for result in results]
-    assert "constant collapse" in status(tmp_path / "run")["reason"]
+    reason = status(tmp_path / "run")["reason"]
+    assert reason.startswith("step ")
+    assert "constant collapse" in reason
+    assert last_state(tmp_path / "run")["step"] == status(tmp_path / "run")["step"]
+
+
+def test_ranks_agree_on_a_metric_that_differs_between_them(tmp_path: Path) -> None:
+    """How long a rank waits for its data is its own: what rank 0 measured counts for all."""
+    ranks = start_ranks(
+        *(2, "run_dir=run", "trainer.epochs=6", "evaluation=[]", "dataset.batch_size=32"),
+        *("monitor.early_stopping.metric=perf/data_wait_s", "monitor.early_stopping.mode=min"),
+        "monitor.early_stopping.patience=2",
+        cwd=tmp_path,
+    )
+    results = [finish(process, timeout=120) for process in ranks]
+    assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
 
 
 def test_expected_moves_are_marked_at_their_steps(tmp_path: Path) -> None:

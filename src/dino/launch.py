@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 
 from dino import preemption
 from dino.config import CONF, ROOT, compose, raw_settings
-from dino.exits import EXIT_BAD_CONFIGURATION, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED
+from dino.exits import EXIT_BAD_CONFIGURATION, EXIT_COLLAPSED, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED
 from dino.frozen import load_frozen
 from dino.messages import ConfigError, did_you_mean, report
 from dino.overrides import options_of, parsed
@@ -247,7 +247,8 @@ def _ending_with_exit_codes() -> Iterator[None]:
 
 def _leave_others_behind(code: str | int | None) -> None:
     """A rank that fails must be gone at once, since the others wait for it; an orderly exit could wait for them."""
-    if Processes.from_environment().several and isinstance(code, int) and code not in (0, EXIT_PREEMPTED):
+    together = (0, EXIT_PREEMPTED, EXIT_COLLAPSED)
+    if Processes.from_environment().several and isinstance(code, int) and code not in together:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

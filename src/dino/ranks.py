@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dino.exits import EXIT_PREEMPTED
+from dino.exits import EXIT_COLLAPSED, EXIT_PREEMPTED
 from dino.processes import Processes
 
 log = logging.getLogger("dino")
@@ -56,7 +56,7 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
         yield
         together = True
     except SystemExit as stop:
-        together = stop.code == EXIT_PREEMPTED  # all ranks leave at the same step
+        together = stop.code in (EXIT_PREEMPTED, EXIT_COLLAPSED)  # all ranks leave at the same step
         raise
     finally:
         if together:

@@ -160,6 +160,8 @@ class Run:
                 raise SystemExit(EXIT_PREEMPTED) from None
             elif self._file is None and isinstance(error, ValueError):
                 self._remove_unused_directory()
+            elif isinstance(error, CollapseError) and not self.processes.is_main:
+                raise SystemExit(EXIT_COLLAPSED) from None  # all ranks have found it, rank 0 says so
             else:
                 self._fail(error)
                 raise SystemExit(exit_code(error)) from None
@@ -187,9 +189,10 @@ class Run:
         if self._file is None and self.processes.is_main:
             self._open()
         # A ValueError is a sentence for the user.
-        named = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        of_all = isinstance(error, CollapseError)
+        named = str(error) if of_all or isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else named
-        reason = f"rank {self.processes.rank}: {reason}" if self.processes.several else reason
+        reason = f"rank {self.processes.rank}: {reason}" if self.processes.several and not of_all else reason
         # When one rank fails, the others lose their connection to it; what counts is the failure that came first.
         first = not (self.processes.several and read_status(self.directory).get("state") == "failed")
         if first and self._file is not None:

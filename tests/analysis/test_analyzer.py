@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from handmade_run import LN_K, Curve, expected_move, healthy, run_directory, verdict
+from handmade_run import LN_K, Curve, expected_move, healthy, over, run_directory, verdict
 
 from dino.analysis import Analysis, History, analyse
 
@@ -46,13 +46,32 @@ def test_a_healthy_run_has_nothing_to_say(tmp_path: Path) -> None:
         ({"changes": {"val/knn_top1": lambda step: 46.0}}, "does not learn", "k-NN 46.0 % (untrained 46.0 %)"),
         ({"changes": {"val/knn_top1": lambda step: 46.0}, "steps": 200, "state": "running"}, "not yet known", "early"),
         ({"changes": {"val/knn_top1": lambda step: math.nan}}, "learns", "Effective rank"),
-        ({"events": [verdict(950, "constant_collapse", severe=True)]}, "learns", "k-NN"),
-        ({"events": [verdict(950, "non_finite", severe=True)], "steps": 960}, "diverged", "non finite"),
+        (
+            {"events": [verdict(950, "constant_collapse", severe=True), over(960, "constant_collapse")]},
+            "learns",
+            "k-NN",
+        ),
+        ({"events": [verdict(950, "constant_collapse", severe=True)]}, "collapsed", "steps 950 to 1000"),
+        ({"events": [verdict(950, "loss_explosion", severe=True)], "steps": 960}, "diverged", "loss explosion"),
         ({"events": [verdict(950, "uniform_collapse", severe=True)], "steps": 960}, "collapsed", "uniform collapse"),
         ({"events": [verdict(950, "uniform_collapse", severe=False)], "steps": 960}, "learns", "k-NN"),
         ({"events": [verdict(950, "plateau", severe=True)], "steps": 960}, "learns", "k-NN"),
     ],
-    ids=["new", "no better", "early", "no labels", "recovered", "diverged", "collapsed", "a warning", "no collapse"],
+    ids=[
+        *("new", "no better", "early", "no labels", "recovered", "not recovered", "diverged", "collapsed"),
+        *("a warning", "no collapse"),
+    ],
+        "new",
+        "no better",
+        "early",
+        "no labels",
+        "recovered",
+        "not recovered",
+        "diverged",
+        "collapsed",
+        "a warning",
+        "no collapse",
+    ],
 )
 def test_whether_it_learns(tmp_path: Path, settings: dict[str, Any], learning: str, words: str) -> None:
     analysis = analysis_of(tmp_path, **settings)
@@ -100,7 +119,10 @@ def test_a_run_with_a_status_alone(tmp_path: Path) -> None:
         ({"perf/step_time_s": lambda step: 0.3 if step % 10 == 0 else 0.03}, {"slow_steps": list(range(10, 1001, 10))}),
         ({"perf/step_time_s": lambda step: 3.0 if step == 2 else 0.03}, {}),
     ],
-    ids=["loss", "gradient", "center", "entropy", "data", "slow", "first step"],
+    ids=[
+        *("new", "no better", "early", "no labels", "recovered", "not recovered", "diverged", "collapsed"),
+        *("a warning", "no collapse"),
+    ],"loss", "gradient", "center", "entropy", "data", "slow", "first step"],
 )
 def test_anomalies_are_found_where_they_are(
     tmp_path: Path, changes: dict[str, Curve], expected: dict[str, list[int]]
@@ -134,7 +156,10 @@ def test_statistics_are_numpys(tmp_path: Path) -> None:
         (lambda step: 1.0 + step / 500, "rises by 2 nats per 1000 steps"),
         (lambda step: 3.0, "level"),
     ],
-    ids=["falls", "rises", "level"],
+    ids=[
+        *("new", "no better", "early", "no labels", "recovered", "not recovered", "diverged", "collapsed"),
+        *("a warning", "no collapse"),
+    ],"falls", "rises", "level"],
 )
 def test_the_trend_in_words(tmp_path: Path, loss: Curve, words: str) -> None:
     analysis = analysis_of(tmp_path, changes={LOSS: loss})
@@ -159,7 +184,11 @@ def test_pairs_that_matter(tmp_path: Path, first: str, second: str, value: float
 
 
 def test_what_does_not_move_has_no_correlation(tmp_path: Path) -> None:
-    pairs = [(each.first, each.second) for each in analysis_of(tmp_path).correlations]
+        (
+            {"events": [verdict(960, "uniform_collapse", severe=True)], "steps": 970},
+            0.5,
+            "uniform collapse (steps 960 to 970)",
+        ),
     assert ("train/entropy_teacher", "train/teacher_temp") not in pairs, "the temperature is constant"
     assert analysis_of(tmp_path / "new", steps=10).correlations == []
 
@@ -170,8 +199,16 @@ def test_what_does_not_move_has_no_correlation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "points", "reason"),
     [
-        ({"events": [verdict(960, "uniform_collapse", severe=True)], "steps": 970}, 0.5, "uniform collapse (step 960)"),
-        ({"events": [verdict(300, "uniform_collapse", severe=True)]}, 0.15, "learned nevertheless"),
+        (
+            {"events": [verdict(960, "uniform_collapse", severe=True)], "steps": 970},
+            0.5,
+            "uniform collapse (steps 960 to 970)",
+        ),
+        (
+            {"events": [verdict(300, "uniform_collapse", severe=True), over(400, "uniform_collapse")]},
+            0.15,
+            "learned nevertheless",
+        ),
         ({"events": [verdict(300, "plateau", severe=False)]}, 0.15, "plateau"),
         ({"events": [{"step": 7, "event": "skipped_step", "text": "NaN"}]}, 0.05, "1 step was skipped"),
         ({"events": [{"step": s, "event": "skipped_step", "text": "NaN"} for s in range(20)]}, 0.3, "20 steps"),
@@ -255,8 +292,8 @@ def test_a_run_that_does_not_learn_is_told_what_to_try(tmp_path: Path) -> None:
 
 def test_verdicts_of_a_kind_are_one(tmp_path: Path) -> None:
     events = [verdict(200, "plateau", severe=False), verdict(300, "uniform_collapse", severe=True, text="first")]
-    events += [verdict(600, "uniform_collapse", severe=True, count=9, text="second")]
+    events += [verdict(600, "uniform_collapse", severe=True, count=9, text="second"), over(700, "uniform_collapse")]
     one, two = analysis_of(tmp_path, events=events).verdicts
-    assert (one.kind, one.count, one.first_step, one.last_step, one.text) == ("uniform_collapse", 9, 300, 600, "second")
-    assert one.when == "9 times, steps 300 to 600"
+    assert (one.kind, one.count, one.first_step, one.last_step, one.text) == ("uniform_collapse", 9, 300, 700, "second")
+    assert one.when == "steps 300 to 700"
     assert (two.kind, two.severe, two.when) == ("plateau", False, "step 200")

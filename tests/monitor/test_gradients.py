@@ -37,7 +37,11 @@ def test_every_group_against_numpy(student: MultiCropModel) -> None:
     before = {name: student.get_parameter(name).grad.clone().numpy() for name in names}  # type: ignore[union-attr]
     _, norms = clip_gradients(student.parameters(), 2.0)
     found = gradient_norms(names, norms) | gradient_distributions(student, names)
-    assert list(dict.fromkeys(name.split("/")[1] for name in found)) == GROUPS
+    assert list(dict.fromkeys(name.split("/")[1] for name in found if name.startswith("grad/"))) == GROUPS
+    everything = np.concatenate([student.get_parameter(name).grad.numpy().ravel() for name in names])  # type: ignore[union-attr]
+    whole = {kind: found[f"train/grad_{kind}"].item() for kind in ("mean", "std", "min", "max")}
+    expected = {"mean": everything.mean(), "std": everything.std(), "min": everything.min(), "max": everything.max()}
+    assert whole == pytest.approx(expected, rel=1e-5, abs=1e-7)
     for group in GROUPS:
         own = [name for name in names if group_of(name) == group]
         clipped = np.concatenate([student.get_parameter(name).grad.numpy().ravel() for name in own])  # type: ignore[union-attr]

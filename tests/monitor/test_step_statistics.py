@@ -177,7 +177,7 @@ def test_compute_gives_the_promised_names_and_reads_the_loss_exactly() -> None:
         "loss loss_global loss_local entropy_teacher entropy_student entropy_student_global entropy_student_local "
         "kl_teacher_student confidence_teacher teacher_agreement student_teacher_agreement num_prototypes_used "
         "center_norm grad_norm cross_entropy confidence_student entropy_batch_mean mutual_information loss_uniform "
-        "weight_global weight_local"
+        "weight_global weight_local grad_mean grad_std grad_min grad_max"
     }
     of_training = {f"train/{name}" for names in promised for name in names.split()}
     assert found.keys() == of_training | {f"grad/weight/{kind}" for kind in ("norm", "mean", "std", "min", "max")}

@@ -11,6 +11,7 @@ from dino.analysis.recommendations import recommendations
 from dino.analysis.score import Deduction, deductions
 from dino.analysis.statistics import Trend, trend
 from dino.analysis.verdicts import Verdict, verdicts
+from dino.exits import EXIT_NON_FINITE
 from dino.monitor.advice import Recommendation
 
 Learning = Literal["learns", "collapsed", "diverged", "does not learn", "not yet known"]
@@ -24,7 +25,7 @@ ANSWERS: dict[Learning, str] = {
 
 GRAVE: dict[Learning, tuple[str, ...]] = {  # what severe verdicts of these kinds make of a run
     "collapsed": ("uniform_collapse", "constant_collapse", "entropy_collapse", "center_explosion"),
-    "diverged": ("loss_explosion", "gradient_explosion", "non_finite"),
+    "diverged": ("loss_explosion",),
 }
 QUALITY = {  # metric -> by how much it is better than the untrained network beyond noise; the first that is there tells
     "val/knn_top1": 2.0,
@@ -154,6 +155,8 @@ def _is_early(history: History) -> bool:
 
 
 def _learning(history: History, raised: Sequence[Verdict]) -> tuple[Learning, str]:
+    if history.status.get("exit_code") == EXIT_NON_FINITE:
+        return "diverged", "too many steps had a loss or gradient that was not finite"
     metric = quality_metric(history)
     measured = history.series(metric).finite.trained if metric else None
     better = metric is not None and is_better(history, metric)

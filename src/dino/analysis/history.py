@@ -102,7 +102,7 @@ class History:
                 "name one such as outputs/digits/DATE_TIME_ID"
             )
         path = directory / "metrics.jsonl"
-        lines = [line for line in (read_lines(path) if path.is_file() else []) if isinstance(line.get("step"), int)]
+        lines = [line for line in (read_lines(path) if path.is_file() else []) if _is_sound(line)]
         config = _yaml(directory / "config.yaml")
         overrides = _yaml(directory / ".hydra" / "overrides.yaml")
         return cls(
@@ -243,3 +243,11 @@ def _yaml(path: Path) -> Any:
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
         return yaml.safe_load(path.read_text())
     return None
+
+
+def _is_sound(line: dict[str, Any]) -> bool:
+    """Whether it is as a run writes it: all that is counted or drawn is a number, or null."""
+    measured = {"epoch": line.get("epoch"), **{name: value for name, value in line.items() if "/" in name}}
+    return isinstance(line.get("step"), int) and all(
+        value is None or isinstance(value, int | float) for value in measured.values()
+    )

@@ -2,6 +2,7 @@
 
 import contextlib
 import html
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from dino.analysis.origin import changes, differing
 from dino.analysis.plotly_figures import figure_of
 from dino.messages import show
 from dino.pages import details, document, figure, paragraph, section, table
+
+log = logging.getLogger("dino")
 
 MAX_BYTES = 4_900_000  # of the whole page
 PICTURES_BYTES = 1_800_000  # of its pictures, where there is room
@@ -53,7 +56,10 @@ def write(analyses: Sequence[Analysis], output: Path | None = None) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     for analysis in analyses:
-        _write_plots(analysis.history)
+        try:
+            _write_plots(analysis.history)
+        except OSError as error:  # the page has all of it
+            log.warning("plots/ of %s cannot be written: %s", analysis.history.directory, error)
     return path
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from dino.analysis.history import Event, History
 
+MOMENTARY = ("non_finite", "plateau")
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -23,10 +25,10 @@ class Verdict:
 
     @property
     def when(self) -> str:
-        """`step 40`, or `3 times, steps 40 to 90`."""
+        """`step 40`, or `steps 40 to 90`."""
         if self.first_step == self.last_step:
             return f"step {self.first_step}"
-        return f"{self.count} times, steps {self.first_step} to {self.last_step}"
+        return f"steps {self.first_step} to {self.last_step}"
 
 
 def verdicts(history: History) -> list[Verdict]:
@@ -38,11 +40,25 @@ def verdicts(history: History) -> list[Verdict]:
         Verdict(
             kind=kind,
             severe=any(event.details.get("severe") for event in events),
-            count=max(len(events), int(events[-1].details.get("count") or 0)),
+            count=max(len(events), _count(events[-1])),
             first_step=events[0].step,
-            last_step=events[-1].step,
+            last_step=_last_step(history, kind, events[-1].step),
             text=events[-1].text,
         )
         for kind, events in by_kind.items()
     ]
     return sorted(found, key=lambda verdict: not verdict.severe)
+
+
+def _last_step(history: History, kind: str, said: int) -> int:
+    """Until when it held, from when it was said last: there is an event when it is over. Those that hold at one step
+    only have none."""
+    if kind in MOMENTARY:
+        return said
+    over = [event.step for event in history.named("verdict_over") if event.details.get("verdict") == kind]
+    return next((step for step in over if step >= said), history.step)
+
+
+def _count(event: Event) -> int:
+    count = event.details.get("count")
+    return count if isinstance(count, int) else 0

@@ -1,4 +1,4 @@
-from dino.monitor.early_stopping import EPOCH_LOSS, EarlyStopping, higher_is_better
+from dino.monitor.early_stopping import EPOCH_LOSS, OF_STEPS, EarlyStopping, higher_is_better
 from dino.monitor.expected_moves import ExpectedMove, expected_moves
 from dino.monitor.health import Facts, Health, Verdict
 from dino.monitor.memory import memory_statistics
@@ -8,6 +8,7 @@ from dino.monitor.step_time import StepTimer
 
 __all__ = [
     "EPOCH_LOSS",
+    "OF_STEPS",
     "EarlyStopping",
     "ExpectedMove",
     "Facts",

@@ -12,6 +12,7 @@ log = logging.getLogger("dino")
 Mode = Literal["auto", "max", "min"]
 
 EPOCH_LOSS = "train/loss_epoch"  # mean loss of an epoch: what is left where nothing is evaluated
+OF_STEPS = ("train/", "grad/", "perf/")  # how the metrics of logged steps begin
 PREFERRED = ("val/knn_top1", "val/loss", EPOCH_LOSS)
 
 
@@ -83,12 +84,15 @@ class EarlyStopping:
         """
         if self.metric in self.available or not self._is_of_steps or self.metric in logged:
             return
+        group, _, _ = str(self.metric).rpartition("/")
+        if f"{group}/norm" in logged:  # a frozen last layer has no more than the norm as yet
+            return
         hint = did_you_mean(str(self.metric), logged)
         raise ValueError(f"monitor.early_stopping.metric={self.metric}: logged steps have no such metric{hint}")
 
     @property
     def _is_of_steps(self) -> bool:
-        return self.metric is not None and self.metric.startswith(("train/", "grad/", "perf/"))
+        return self.metric is not None and self.metric.startswith(OF_STEPS)
 
     def update(self, step: int, metrics: dict[str, float]) -> bool:
         """Takes in the metrics of one evaluation; True if it is the best so far."""
@@ -109,10 +113,12 @@ class EarlyStopping:
     @property
     def reason(self) -> str:
         """In words, why the run ends early."""
-        return (
-            f"early stopping: {self.metric} has not improved on {self.best:.5g} of step {self.best_step} "
-            f"in {self.num_without_improvement} evaluations"
+        best = (
+            "was never a number"
+            if self.best is None
+            else f"has not improved on {self.best:.5g} of step {self.best_step}"
         )
+        return f"early stopping: {self.metric} {best} in {self.num_without_improvement} evaluations"
 
     def _improves(self, value: float) -> bool:
         if value != value:  # NaN

@@ -28,6 +28,7 @@ def gradient_norms(names: Sequence[str], norms: Tensor) -> dict[str, Tensor]:
 def gradient_distributions(student: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """`grad/<group>/mean`, `std`, `min` and `max`, each 0-d, of the gradients as the optimizer has seen them.
 
+    The same of all together is `train/grad_mean` and so on.
     A frozen last layer has none.
 
     Args:
@@ -57,7 +58,14 @@ def gradient_distributions(student: nn.Module, names: Sequence[str]) -> dict[str
         "min": over_groups([end.min for end in ends], "amin"),
         "max": over_groups([end.max for end in ends], "amax"),
     }
-    return {
+    whole_mean = (mean * count).sum() / count.sum()
+    whole = {
+        "mean": whole_mean,
+        "std": (squares.sum() / count.sum() - whole_mean.square()).clamp(min=0).sqrt(),
+        "min": figures["min"].min(),
+        "max": figures["max"].max(),
+    }
+    return {f"train/grad_{kind}": value for kind, value in whole.items()} | {
         f"grad/{group}/{kind}": value
         for kind, values in figures.items()
         for group, value in zip(groups, values.unbind(), strict=True)

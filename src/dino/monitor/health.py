@@ -18,13 +18,17 @@ BETTER = 1.002  # times the evaluation before
 
 @dataclass(frozen=True)
 class Verdict:
-    """Something that is wrong with a run. `severe`: it will not recover; `count`: at how many looks it was found."""
+    """Something that is wrong with a run. `severe`: it will not recover; `count`: at how many looks it was found.
+
+    With `over` it is the news that it no longer holds.
+    """
 
     kind: str
     text: str
     severe: bool
     count: int
     evidence: dict[str, float]
+    over: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Health(Thresholds):
 
     repeat_steps: int = 2000
     counts: dict[str, int] = field(default_factory=dict, init=False)  # of each kind of verdict
+    lost: str | None = field(default=None, init=False)  # the severe verdict that holds now, said or not
     facts: Facts = field(default=Facts(0, 0, {}), init=False)
 
     def __post_init__(self) -> None:
@@ -56,6 +61,7 @@ class Health(Thresholds):
             raise ValueError(f"monitor.health.repeat_steps={self.repeat_steps}: use a whole number of at least 1")
         self._since: dict[str, list[int]] = {}  # kind -> first step and number of looks in a row for which it holds
         self._said: dict[str, int] = {}  # kind -> the step at which it was said last
+        self._holding: dict[str, str] = {}  # rule -> the kind that was said of it, as long as it holds
         self._losses: list[tuple[int, float]] = []
         self._agreements: list[float] = []
         self._grad_norms: list[float] = []
@@ -83,22 +89,26 @@ class Health(Thresholds):
     # ------------------------------------------------------------------ a logged step
 
     def _observe_step(self, step: int, metrics: Mapping[str, float]) -> list[Verdict]:
-        self._highest_lr = max(self._highest_lr, metrics.get("train/lr", 0.0))
+        self.lost = None
         loss = metrics["train/cross_entropy"]
-        if math.isfinite(loss):
-            self._losses = [*self._losses, (step, loss)][-WINDOW:]
+        if not math.isfinite(loss):
+            return []  # the step was skipped, which has a verdict of its own
+        self._highest_lr = max(self._highest_lr, metrics.get("train/lr", 0.0))
+        self._losses = [*self._losses, (step, loss)][-WINDOW:]
         self._agreements = [*self._agreements, metrics["train/student_teacher_agreement"]][-WINDOW:]
         look = self._look(step, metrics)
         verdicts = []
-        for kind, judgement in JUDGEMENTS.items():
+        for name, judgement in JUDGEMENTS.items():
             finding = judgement.rule(look)
             if finding is None:
-                self._since.pop(kind, None)
+                self._since.pop(name, None)
+                verdicts += self._over(name)
                 continue
-            since = self._since.setdefault(kind, [step, 0])
+            since = self._since.setdefault(name, [step, 0])
             since[1] += 1
             patient = step - since[0] >= self.patience_steps if judgement.looks is None else since[1] >= judgement.looks
             if patient:
+                kind = self._holding[name] = finding.kind or name
                 verdicts += self._said_now(step, kind, finding, held=step - since[0], severe=judgement.severe)
         verdicts += self._plateau(look)
         if math.isfinite(norm := metrics.get("train/grad_norm", math.nan)):
@@ -144,7 +154,7 @@ class Health(Thresholds):
                 self._quality[name] = [*self._quality.get(name, []), figures[name]][-2:]
         if step == 0:
             self._untrained = figures
-        if step == 0 or "uniform_collapse" in self._since:
+        if step == 0 or "same_output" in self._since:
             return []
         finding = feature_collapse(self._look(step, figures))
         return [] if finding is None else self._said_now(step, "constant_collapse", finding, severe=True)
@@ -168,14 +178,24 @@ class Health(Thresholds):
     ) -> list[Verdict]:
         """The verdict, unless it was said a short while ago; it counts in any case."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
+        for_long = f", for {held} steps" if held else ""
+        advice = "; ".join(map(str, recommended(self.facts.settings, ADVICE[kind])[:MOST_ADVICE]))
+        text = f"{finding.what}{for_long}. {advice}".rstrip(". ")
+        if severe:
+            self.lost = text
         said = self._said.get(kind)
         if said is not None and step - said < self.repeat_steps:
             return []
         self._said[kind] = step
-        for_long = f", for {held} steps" if held else ""
-        advice = "; ".join(map(str, recommended(self.facts.settings, ADVICE[kind])[:MOST_ADVICE]))
-        text = f"{finding.what}{for_long}. {advice}".rstrip(". ")
         return [Verdict(kind, text, severe, self.counts[kind], finding.evidence)]
+
+    def _over(self, name: str) -> list[Verdict]:
+        """That a verdict which was said no longer holds."""
+        kind = self._holding.pop(name, None)
+        if kind is None:
+            return []
+        text = f"{kind.replace('_', ' ')} no longer holds"
+        return [Verdict(kind, text, JUDGEMENTS[name].severe, self.counts[kind], {}, over=True)]
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in STATE}
@@ -190,6 +210,7 @@ STATE = (
     "counts",
     "_since",
     "_said",
+    "_holding",
     "_losses",
     "_agreements",
     "_grad_norms",

@@ -43,6 +43,8 @@ class StepFigures(Protocol):
 class Statistics:
     """Metrics under `train/` and `grad/`, of the first step and of every `every_steps`-th.
 
+    Losses and distributions are those of the last micro-batch of a step, gradients those of the whole step.
+
     Args:
         every_steps: period.
         gradients_every: at one of so many logged steps the distribution of the gradients is measured too.

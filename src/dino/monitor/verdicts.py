@@ -24,7 +24,7 @@ class Thresholds:
         min_information: mutual information of image and prototype in the teacher's outputs [nats].
         min_entropy: of the teacher's outputs [nats].
         max_confidence: of the teacher: mean largest probability.
-        max_center_norm: None: sqrt(K), out of reach for logits that are cosines.
+        max_center_norm: None: 10 sqrt(K), which takes gains of the last layer that grow without end.
         min_agreement: share of pairs for which student and teacher have the same most likely prototype.
         max_loss: cross-entropy; None: 2 ln K.
         max_oscillation: standard deviation of the loss around its trend, as a share of ln K.
@@ -100,6 +100,7 @@ class Finding:
 
     what: str
     evidence: dict[str, float] = field(default_factory=dict)
+    kind: str | None = None  # of the verdict; None: that of the rule
 
 
 def _evidence(look: Look, *names: str) -> dict[str, float]:
@@ -109,28 +110,25 @@ def _evidence(look: Look, *names: str) -> dict[str, float]:
 # ---------------------------------------------------------------------- collapse
 
 
-def uniform_collapse(look: Look) -> Finding | None:
-    """Every output is the uniform distribution: no sharpening (paper, section 5.3)."""
-    entropy = look["train/entropy_teacher"]
-    if not (look.settled and look.says_nothing and entropy > UNIFORM * look.uniform):
+def same_output(look: Look) -> Finding | None:
+    """The teacher gives every image the same output: the uniform distribution where nothing sharpens it, another one
+    where nothing centers it (paper, section 5.3)."""
+    entropy, uniform = look["train/entropy_teacher"], look["train/loss_uniform"]
+    if not (look.settled and look.says_nothing):
         return None
+    if entropy > UNIFORM * uniform:
+        return Finding(
+            f"the loss of {look['train/cross_entropy']:.3f} is that of a guess, ln K = {uniform:.3f}: the teacher "
+            f"gives every image the uniform distribution (entropy {entropy:.3f}) and the student follows it "
+            f"(KL {look['train/kl_teacher_student']:.1e}): uniform collapse",
+            _evidence(look, "train/cross_entropy", "train/loss_uniform", "train/kl_teacher_student", *INFORMATION),
+            "uniform_collapse",
+        )
     return Finding(
-        f"the loss of {look['train/cross_entropy']:.3f} is that of a guess, ln K = {look.uniform:.3f}: the teacher "
-        f"gives every image the uniform distribution (entropy {entropy:.3f}) and the student follows it "
-        f"(KL {look['train/kl_teacher_student']:.1e}): uniform collapse",
-        _evidence(look, "train/cross_entropy", "train/loss_uniform", "train/kl_teacher_student", *INFORMATION),
-    )
-
-
-def constant_collapse(look: Look) -> Finding | None:
-    """Every image has the same output, which is not the uniform one: no centering (paper, section 5.3)."""
-    entropy = look["train/entropy_batch_mean"]
-    if not (look.settled and look.says_nothing and look["train/entropy_teacher"] <= UNIFORM * look.uniform):
-        return None
-    return Finding(
-        f"the teacher gives every image the same output (entropy {entropy:.2f} of one image and of the whole batch): "
-        "constant collapse",
+        f"the teacher gives every image the same output (entropy {entropy:.2f} of one image, "
+        f"{look['train/entropy_batch_mean']:.2f} of the whole batch): constant collapse",
         _evidence(look, *INFORMATION, "train/num_prototypes_used"),
+        "constant_collapse",
     )
 
 
@@ -181,9 +179,9 @@ def disagreement(look: Look) -> Finding | None:
 
 
 def center_explosion(look: Look) -> Finding | None:
-    """With a gain of 1 logits are cosines, so that a center of norm sqrt(K) is already out of reach."""
+    """Logits are cosines times the gains of the prototypes: with gains of 1 no center is longer than sqrt(K)."""
     norm = look["train/center_norm"]
-    limit = look.thresholds.max_center_norm or math.exp(look.uniform / 2)
+    limit = look.thresholds.max_center_norm or 10 * math.exp(look.uniform / 2)
     if not norm > limit:
         return None
     return Finding(
@@ -207,6 +205,8 @@ def loss_explosion(look: Look) -> Finding | None:
 def gradient_explosion(look: Look) -> Finding | None:
     """Before clipping; against what was usual, and in itself."""
     norm = look["train/grad_norm"]
+    if not math.isfinite(norm):  # a step that was skipped, or fp16 looking for its scale
+        return None
     usual = statistics.median(look.grad_norms) if len(look.grad_norms) >= MIN_LOOKS else math.inf
     limit = min(look.thresholds.max_grad_norm, look.thresholds.max_grad_norm_ratio * max(usual, SMALL_GRAD_NORM))
     if not norm > limit:
@@ -275,8 +275,7 @@ class Judgement:
 
 
 JUDGEMENTS: dict[str, Judgement] = {
-    "uniform_collapse": Judgement(uniform_collapse, severe=True),
-    "constant_collapse": Judgement(constant_collapse, severe=True),
+    "same_output": Judgement(same_output, severe=True),
     "entropy_collapse": Judgement(entropy_collapse, severe=True),
     "center_explosion": Judgement(center_explosion, looks=3, severe=True),
     "loss_explosion": Judgement(loss_explosion, severe=True),

@@ -3,7 +3,7 @@ from dino.training.introduction import introduce
 from dino.training.options import TrainerOptions
 from dino.training.resume import resume_or_start
 from dino.training.step import Schedules, TrainStep
-from dino.training.summary import leave_report, summarise_run
+from dino.training.summary import leaving_report, summarise_run
 from dino.training.trainer import Trainer
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "TrainerOptions",
     "assemble",
     "introduce",
-    "leave_report",
+    "leaving_report",
     "resume_or_start",
     "summarise_run",
 ]

@@ -64,15 +64,15 @@ class HealthWatch:
             for logger in self.loggers:
                 logger.event(
                     step,
-                    "verdict",
+                    "verdict_over" if verdict.over else "verdict",
                     verdict.text,
                     verdict=verdict.kind,
                     severe=verdict.severe,
                     count=verdict.count,
                     evidence=verdict.evidence,
                 )
-            if verdict.severe and self.monitor.on_collapse == "stop":
-                self.collapse = verdict.text
+        if self.monitor.on_collapse == "stop":
+            self.collapse = self.health.lost
 
     def state_dict(self) -> dict[str, Any]:
         return self.health.state_dict()

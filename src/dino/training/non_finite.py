@@ -50,14 +50,11 @@ class NonFiniteWatch:
         self.directory = directory
         self.rank = rank
         self.num_skipped = 0
+        self.too_many: NonFiniteError | None = None  # what ends the run
         self._pending: _Pending | None = None
 
     def watch(self, step: int, window: Sequence[ViewBatch], output: StepOutput, train_step: TrainStep) -> int | None:
-        """After step number `step` (from 1); returns the number of a step that is now known to be broken.
-
-        Raises:
-            NonFiniteError: there have been too many.
-        """
+        """After step number `step` (from 1); returns the number of a step that is now known to be broken."""
         if output.broken.device.type == "cpu":
             self._pending = _Pending(step, window, output, output.broken, None)
             return self.settle(train_step)
@@ -69,7 +66,7 @@ class NonFiniteWatch:
         return known
 
     def settle(self, train_step: TrainStep) -> int | None:
-        """Reads the flag that is still on its way, if any; comes before a checkpoint. Returns and raises as `watch`."""
+        """Reads the flag that is still on its way, if any; comes before a checkpoint. Returns as `watch`."""
         pending, self._pending = self._pending, None
         if pending is None:
             return None
@@ -82,8 +79,10 @@ class NonFiniteWatch:
         left = self.max_skipped_steps - self.num_skipped
         message = f"step {pending.step}: the loss or a gradient is not finite; nothing was updated by it, see {path}"
         if left < 0:
-            raise NonFiniteError(f"{message}; trainer.max_skipped_steps={self.max_skipped_steps} are used up")
-        log.warning("%s; %d more are allowed", message, left)
+            used_up = f"trainer.max_skipped_steps={self.max_skipped_steps} are used up"
+            self.too_many = NonFiniteError(f"{message}; {used_up}")
+        else:
+            log.warning("%s; %d more are allowed", message, left)
         return pending.step
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 import contextlib
 import logging
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dino.exits import EXIT_COLLAPSED, EXIT_NON_FINITE
 from dino.logger.json_lines import read_lines
 from dino.messages import as_override
 from dino.monitor import higher_is_better
@@ -39,8 +41,21 @@ def summarise_run(trainer: Trainer) -> None:
         log.info(line)
 
 
-def leave_report(run_dir: Path) -> None:
-    """Writes the `report.html` of a run that has finished, and says where it is; a failure is said, and is no more."""
+@contextlib.contextmanager
+def leaving_report(run_dir: Path, *, wanted: bool) -> Iterator[None]:
+    """Leaves a `report.html` when what is inside has come to an end of its own: finished, not finite, or collapsed."""
+    try:
+        yield
+    except SystemExit as stop:
+        if wanted and stop.code in (EXIT_NON_FINITE, EXIT_COLLAPSED):
+            _leave_report(run_dir)
+        raise
+    if wanted:
+        _leave_report(run_dir)
+
+
+def _leave_report(run_dir: Path) -> None:
+    """Writes it and says where it is; a failure is said, and is no more."""
     from dino.analysis import write_report  # here, since drawing needs packages that training does not
 
     try:

@@ -17,7 +17,7 @@ from dino.augmentation import MultiCrop, ViewBatch
 from dino.dataset import ImageDataset, TrainLoader
 from dino.evaluation import EvaluationInputs, Evaluator
 from dino.logger import Logger, RunContext
-from dino.monitor import EPOCH_LOSS, Monitor, memory_statistics
+from dino.monitor import EPOCH_LOSS, OF_STEPS, Monitor, memory_statistics
 from dino.optimizer import half_life_steps
 from dino.run import CollapseError, Run
 from dino.training import checkpoint
@@ -133,7 +133,8 @@ class Trainer:
             logger.advance(self.step)
         # Before the statistics: on a GPU this tells of the step before, whose line stands already.
         self._report_broken(self.non_finite.watch(self.step, window, output, self.train_step))
-        self.latest = {name: value for name, value in self.latest.items() if not name.startswith("val/")}
+        self.latest = {name: value for name, value in self.latest.items() if name.startswith(OF_STEPS)}
+        self.latest.pop(EPOCH_LOSS, None)
         self.health.announce(self.step)
         if self.monitor.statistics.due(self.step - 1) or self.step == self.total_steps:
             self._log_statistics(output)
@@ -164,6 +165,7 @@ class Trainer:
         if self.health.collapse is not None:
             self.save()
             self.checkpoints.wait()
+            ranks.wait_for_all()  # some launchers end all tasks when the first one has ended
             raise CollapseError(f"step {self.step}: {self.health.collapse}")
 
     # ------------------------------------------------------------------ start, log, finish, close
@@ -208,6 +210,8 @@ class Trainer:
             for logger in self.loggers:
                 logger.event(step, "skipped_step", "the loss or a gradient was not finite; nothing was updated")
             self.health.skipped(step)
+            if self.non_finite.too_many is not None:
+                raise self.non_finite.too_many
 
     def _finish(self) -> None:
         """The last state is on the disk, or the run has failed: on all ranks."""
@@ -285,7 +289,8 @@ class Trainer:
             self.early_stopping.choose(set(metrics))
         else:
             metrics |= self._close_epoch()
-            self._best_is_new = self.early_stopping.update(self.step, self.latest | metrics)
+            # Times differ from rank to rank, and what follows must not.
+            self._best_is_new = self.early_stopping.update(self.step, ranks.from_main(self.latest | metrics))
         if metrics:
             self._log(metrics)
 
