@@ -58,9 +58,6 @@ def test_a_healthy_run_has_nothing_to_say(tmp_path: Path) -> None:
         ({"events": [verdict(950, "plateau", severe=True)], "steps": 960}, "learns", "k-NN"),
     ],
     ids=[
-        *("new", "no better", "early", "no labels", "recovered", "not recovered", "diverged", "collapsed"),
-        *("a warning", "no collapse"),
-    ],
         "new",
         "no better",
         "early",
@@ -119,10 +116,7 @@ def test_a_run_with_a_status_alone(tmp_path: Path) -> None:
         ({"perf/step_time_s": lambda step: 0.3 if step % 10 == 0 else 0.03}, {"slow_steps": list(range(10, 1001, 10))}),
         ({"perf/step_time_s": lambda step: 3.0 if step == 2 else 0.03}, {}),
     ],
-    ids=[
-        *("new", "no better", "early", "no labels", "recovered", "not recovered", "diverged", "collapsed"),
-        *("a warning", "no collapse"),
-    ],"loss", "gradient", "center", "entropy", "data", "slow", "first step"],
+    ids=["loss", "gradient", "center", "entropy", "data", "slow", "first step"],
 )
 def test_anomalies_are_found_where_they_are(
     tmp_path: Path, changes: dict[str, Curve], expected: dict[str, list[int]]
@@ -156,10 +150,7 @@ def test_statistics_are_numpys(tmp_path: Path) -> None:
         (lambda step: 1.0 + step / 500, "rises by 2 nats per 1000 steps"),
         (lambda step: 3.0, "level"),
     ],
-    ids=[
-        *("new", "no better", "early", "no labels", "recovered", "not recovered", "diverged", "collapsed"),
-        *("a warning", "no collapse"),
-    ],"falls", "rises", "level"],
+    ids=["falls", "rises", "level"],
 )
 def test_the_trend_in_words(tmp_path: Path, loss: Curve, words: str) -> None:
     analysis = analysis_of(tmp_path, changes={LOSS: loss})
@@ -184,11 +175,7 @@ def test_pairs_that_matter(tmp_path: Path, first: str, second: str, value: float
 
 
 def test_what_does_not_move_has_no_correlation(tmp_path: Path) -> None:
-        (
-            {"events": [verdict(960, "uniform_collapse", severe=True)], "steps": 970},
-            0.5,
-            "uniform collapse (steps 960 to 970)",
-        ),
+    pairs = [(each.first, each.second) for each in analysis_of(tmp_path).correlations]
     assert ("train/entropy_teacher", "train/teacher_temp") not in pairs, "the temperature is constant"
     assert analysis_of(tmp_path / "new", steps=10).correlations == []
 
