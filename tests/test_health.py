@@ -94,8 +94,9 @@ def test_a_run_without_labels_says_how_good_its_features_are(tmp_path: Path) -> 
     for number, image in enumerate(pixels):
         Image.fromarray(image).save(images / f"{number:02d}.png")
     result = train(
-        *("run_dir=run", "dataset=folder", f"dataset.root={images}", "augmentation.global_size=16"),
-        *("augmentation.local_size=8", "backbone=vit_micro4", "dataset.batch_size=20", "dataset.num_workers=0"),
+        *("run_dir=run", "dataset=folder", f"dataset.root={images}", "dataset.global_size=16", "dataset.local_size=8"),
+        *("dataset.evaluation_resize=16", "dataset.evaluation_size=16", "backbone=vit_micro4"),
+        *("dataset.batch_size=20", "dataset.num_workers=0"),
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr

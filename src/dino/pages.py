@@ -32,7 +32,7 @@ img { max-width: 100% }
 .good { color: #007a3d } .bad { color: #c00000 }
 """
 
-# plotly's script is unpacked and run first. Its own choice of buttons has one that sends the data to its cloud.
+# plotly's script is unpacked and run first. Its bar of buttons covers legends: dragging zooms, a double click undoes.
 DRAW = """
 (async () => {
   const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent), (c) => c.charCodeAt(0));
@@ -40,8 +40,7 @@ DRAW = """
   const script = document.createElement("script");
   script.textContent = await new Response(bytes.pipeThrough(new DecompressionStream("gzip"))).text();
   document.head.append(script);
-  const buttons = [["toImage", "zoom2d", "pan2d", "autoScale2d"]];
-  const config = { displaylogo: false, responsive: true, modeBarButtons: buttons };
+  const config = { displayModeBar: false, responsive: true };
   for (const source of document.querySelectorAll("script.figure")) {
     const { data, layout } = JSON.parse(source.textContent);
     await Plotly.newPlot(source.nextElementSibling, data, layout, config);

@@ -198,6 +198,9 @@ class Run:
         if first and self._file is not None:
             self.status |= {"state": "failed", "reason": reason, "exit_code": exit_code(error)}
             self._write_status()
+        if of_all:
+            log.error("stopped     %s", reason)
+            return
         if self._file is not None:
             with contextlib.suppress(OSError), (self.directory / "train.log").open("a") as file:
                 file.write("".join(traceback.format_exception(error)))

@@ -234,6 +234,8 @@ def _paths(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _warnings(values: Mapping[str, Any]) -> Iterator[str]:
     student = values.get("loss.student_temp")
+    if values.get("ema.momentum") == 1:
+        yield "ema.momentum=1: the teacher never changes, so that the student learns what an untrained network says"
     for key in ("loss.teacher_temp", "loss.warmup_teacher_temp"):
         teacher = values.get(key)
         if student is not None and teacher is not None and student <= teacher:

@@ -1,5 +1,6 @@
 """What a run's history says in words: state, whether it learns, what stands out, how healthy it is, what to change."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +12,7 @@ from dino.analysis.recommendations import recommendations
 from dino.analysis.score import Deduction, deductions
 from dino.analysis.statistics import Trend, trend
 from dino.analysis.verdicts import Verdict, verdicts
-from dino.exits import EXIT_NON_FINITE
+from dino.exits import EXIT_COLLAPSED, EXIT_NON_FINITE
 from dino.monitor.advice import Recommendation
 
 Learning = Literal["learns", "collapsed", "diverged", "does not learn", "not yet known"]
@@ -127,7 +128,7 @@ def analyse(history: History) -> Analysis:
         statistics=[_statistic(history, name) for name in SUMMARISED if len(history.series(name).finite)],
         correlations=correlations(history),
         anomalies=found,
-        score=max(0.0, round(1 - sum(each.points for each in lost), 2)) if history.lines else None,
+        score=None if learning == "not yet known" and not lost else max(0.0, round(1 - sum(e.points for e in lost), 2)),
         deductions=lost,
         recommendations=recommendations(history, kinds),
     )
@@ -143,9 +144,13 @@ def _state(history: History) -> str:
         "its newest checkpoint.",
         "preempted": f"It was preempted at {place}{reason}. The same command goes on from its newest checkpoint.",
         "finished": f"It has finished at {place}{reason}.",
-        "failed": f"It failed at {place}{reason}; train.log has the traceback.",
+        "failed": f"It failed at {place}{reason}{_where_more(history)}.",
     }
     return sentences.get(history.state, f"Its files do not say what has become of it; it came to {place}.")
+
+
+def _where_more(history: History) -> str:
+    return "" if history.status.get("exit_code") == EXIT_COLLAPSED else "; train.log has the traceback"
 
 
 def _is_early(history: History) -> bool:
@@ -167,10 +172,18 @@ def _learning(history: History, raised: Sequence[Verdict]) -> tuple[Learning, st
         if newest and not (better and measured and measured.steps[-1] > newest.last_step):
             return word, f"{newest.title}, {newest.when}"
     if metric is None or not measured:
-        return "not yet known", "no evaluation of the trained network yet" if history.lines else "nothing is logged yet"
+        return "not yet known", _why_unknown(history)
     if better:
         return "learns", evidence
     return ("not yet known", f"{evidence}; it is early") if _is_early(history) else ("does not learn", evidence)
+
+
+def _why_unknown(history: History) -> str:
+    if not history.lines:
+        return "nothing is logged yet"
+    if history.config.get("evaluation") == {}:
+        return "evaluation=[] measures nothing but the loss"
+    return "no evaluation of the trained network yet"
 
 
 def quality_metric(history: History) -> str | None:
@@ -235,8 +248,10 @@ def _against_untrained(history: History, metric: str) -> str:
         return f"{100 * value:.1f} %" if metric.endswith("_ratio") else f"{value:.1f} %"
 
     series, before = history.series(metric).finite, history.untrained(metric)
-    now, best = float(series.values[-1]), float(series.values.max())
+    now, best = float(series.values[-1]), float(max(series.trained.values, default=math.nan))
+    if series.steps[-1] == 0:
+        return f"{words(now)} untrained, not measured since"
     text = words(now)
-    if before is not None and series.steps[-1] > 0:
+    if before is not None:
         text += f" (untrained {words(before)}" + (f", best {words(best)})" if best > now else ")")
     return text

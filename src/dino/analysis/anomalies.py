@@ -20,6 +20,7 @@ SLOW_FACTOR = 3.0  # times the median step
 SLOW_SHARE = 0.1  # of the logged steps
 DATA_WAIT_SHARE = 1 / 3
 EXPECTED_SHARE = 0.05  # of the run, in which the loss still moves after a step at which it is expected to
+FIRST_LOOKS = 3  # in which an untrained network is nothing unusual
 NEWEST = 0.1  # share of a curve that counts as its end
 
 
@@ -56,7 +57,8 @@ def _loss_spikes(history: History) -> Anomaly | None:
     around = LOSS_SPIKE_SHARE * np.abs(series.values)
     # A spike of a quarter above the loss around it is a fifth of itself.
     found = outliers(series.values, deviations=SPIKE_DEVIATIONS, at_least=around / (1 + LOSS_SPIKE_SHARE))
-    groups = grouped([index for index in found if not _is_expected(history, int(series.steps[index]))])
+    later = [index for index in found if index >= FIRST_LOOKS]
+    groups = grouped([index for index in later if not _is_expected(history, int(series.steps[index]))])
     steps = [int(series.steps[max(group, key=lambda index: float(series.values[index]))]) for group in groups]
     return Anomaly("loss_spikes", steps, f"the loss jumped {_times(steps)}: {_at(steps)}") if steps else None
 
@@ -71,7 +73,7 @@ def _gradient_spikes(history: History) -> Anomaly | None:
     series = history.series("train/grad_norm").finite
     logarithms = np.log10(np.maximum(series.values, 1e-30))
     found = outliers(logarithms, deviations=SPIKE_DEVIATIONS, at_least=math.log10(GRADIENT_SPIKE_FACTOR))
-    steps = [int(series.steps[group[0]]) for group in grouped(found)]
+    steps = [int(series.steps[group[0]]) for group in grouped([index for index in found if index >= FIRST_LOOKS])]
     text = f"the gradient norm was over {GRADIENT_SPIKE_FACTOR:g} times its usual size {_times(steps)}: {_at(steps)}"
     return Anomaly("gradient_spikes", steps, text) if steps else None
 

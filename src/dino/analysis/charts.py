@@ -10,7 +10,7 @@ from dino.analysis.history import Event, Floats, History, Series, labels
 from dino.analysis.statistics import thinned
 
 MAX_POINTS = 400  # of a curve; fewer where many runs are drawn
-MAX_MARKS = 40  # of one kind and run
+MAX_MARKS = 12  # of one kind and run; their words are in every chart
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f4f24", "#555555")  # told apart by all
 DASHES: tuple["Dash", ...] = ("solid", "dash", "dot", "dashdot")
 GREY = "#888888"

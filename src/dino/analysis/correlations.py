@@ -58,8 +58,8 @@ PAIRS = (
     Pair(
         "train/center_norm",
         "train/entropy_batch_mean",
-        "The center grows while the batch spreads over more prototypes: centering does its work.",
-        "The batch spreads less evenly over prototypes as the center grows: usual while the teacher sharpens, "
+        "The longer the center, the more evenly the batch spreads over prototypes: centering does its work.",
+        "The longer the center, the less evenly the batch spreads over prototypes: usual while the teacher changes, "
         "a warning where neither settles.",
         "The center says nothing about how the batch spreads over prototypes.",
     ),
@@ -67,7 +67,7 @@ PAIRS = (
         "train/grad_norm",
         "train/loss",
         "Gradients shrink and grow with the loss.",
-        "Gradients grow while the loss falls, as they do with a student that becomes sharper.",
+        "Gradients are the larger the lower the loss is, as they are with a student that becomes sharper.",
         "Gradients do not follow the loss.",
     ),
     Pair(

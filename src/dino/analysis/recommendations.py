@@ -3,10 +3,22 @@
 from collections.abc import Iterable
 
 from dino.analysis.history import History
-from dino.monitor.advice import ADVICE, UNCLIPPED, Recommendation, Rule, recommended, times, where_missing
+from dino.monitor.advice import (
+    ADVICE,
+    FOLLOWING,
+    UNCLIPPED,
+    Recommendation,
+    Rule,
+    at_most,
+    recommended,
+    times,
+    where_missing,
+)
 
 RULES: dict[str, list[Rule]] = ADVICE | {  # and by kind of anomaly
     "no_improvement": [
+        ("ema.momentum", at_most(0.999), FOLLOWING),
+        ("trainer.clip_norm", where_missing(3.0), UNCLIPPED),
         ("trainer.epochs", lambda value: 2 * value, "a longer run, before anything else"),
         ("loss.teacher_temp", times(0.5), "a sharper target gives more to learn"),
     ],

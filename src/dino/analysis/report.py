@@ -48,6 +48,8 @@ def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
 def write(analyses: Sequence[Analysis], output: Path | None = None) -> Path:
     """As `write_report`, for runs that are analysed already."""
     path = output or analyses[0].history.directory / "report.html"
+    if path.is_dir():
+        path = path / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -238,16 +240,16 @@ def _distributions(histories: Sequence[History], names: Sequence[str]) -> str:
 
 
 def _pictures(histories: Sequence[History], names: Sequence[str], max_bytes: int) -> str:
-    """Views, then attention and neighbours at a few steps."""
+    """Attention and neighbours at a few steps, two a row, then views."""
     found: list[tuple[Path, str]] = []
     for history, name in zip(histories, names, strict=True):
         prefix = f"{name}: " if len(histories) > 1 else ""
         folder = history.directory / "pictures"
-        if (folder / "views.png").is_file():
-            found.append((folder / "views.png", f"{prefix}what the student sees: views of a few images"))
         for file, words in PICTURES.items():
             for path in chosen(sorted(folder.glob(f"step_*/{file}"))):
                 step = int(path.parent.name.removeprefix("step_"))
                 found.append((path, f"{prefix}{words.lower()}, step {step}"))
+        if (folder / "views.png").is_file():
+            found.append((folder / "views.png", f"{prefix}what the student sees: views of a few images"))
     images = "".join(all_embedded(found, max_bytes))
     return f'<div class="columns">{images}</div>' if images else paragraph("None were recorded.")

@@ -7,6 +7,7 @@ from dino.analysis.anomalies import Anomaly
 from dino.analysis.charts import short
 from dino.analysis.history import History
 from dino.analysis.verdicts import Verdict
+from dino.exits import EXIT_COLLAPSED
 
 SEVERE, MILD = 0.5, 0.15  # a verdict
 RECOVERED = 0.3  # share of that which stays where the run learns nevertheless
@@ -54,7 +55,7 @@ def deductions(
         found += [lost for name, points in NO_BETTER.items() if (lost := _no_better(history, name, points))]
     fall = _fall(history)
     found += [fall] if fall else []
-    if history.state in FAILED:
+    if history.state in FAILED and history.status.get("exit_code") != EXIT_COLLAPSED:  # its verdict costs enough
         found.append(Deduction(FAILED[history.state], f"the run {history.state} before its end"))
     return sorted(found, key=lambda each: -each.points)
 

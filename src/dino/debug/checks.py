@@ -166,7 +166,7 @@ def tells_prototypes_apart(statistics: Mapping[str, float], teacher_temp: float,
         share = f"entropy {entropy:.4g} is {100 * entropy / largest:.1f} % of ln K = {largest:.4g}"
         holds = entropy < UNIFORM * largest
         detail = share if holds else f"uniform outputs: {share}, {advice[network]}"
-        found.append(Check(f"the {network} tells prototypes apart", holds, detail))
+        found.append(Check(f"the {network}'s outputs are not uniform", holds, detail))
     return found
 
 

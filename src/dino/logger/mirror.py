@@ -102,15 +102,16 @@ def mirror(run_dir: Path, name: str, ended: threading.Event) -> None:
         lines = Lines(run_dir / "metrics.jsonl")
         step = 0
         while True:
-            is_last_look = ended.is_set()
+            is_last_look, anything_new = ended.is_set(), False
             for number, text in lines.new():
-                line = _parsed(text)
+                line, anything_new = _parsed(text), True
                 step = line.get("step", step)
                 if number > sent.num_lines:
                     sent.note_lines(number)
                     _send(line, destination)
-            for picture_step, title, path in unsent_pictures(run_dir, sent):
-                destination.picture(picture_step, title, path)
+            if anything_new or is_last_look:  # pictures come with an evaluation, whose line follows them
+                for picture_step, title, path in unsent_pictures(run_dir, sent):
+                    destination.picture(picture_step, title, path)
             destination.flush()
             if is_last_look:
                 break

@@ -154,7 +154,7 @@ class Health(Thresholds):
                 self._quality[name] = [*self._quality.get(name, []), figures[name]][-2:]
         if step == 0:
             self._untrained = figures
-        if step == 0 or "same_output" in self._since:
+        if step == 0 or "same_output" in self._holding:
             return []
         finding = feature_collapse(self._look(step, figures))
         return [] if finding is None else self._said_now(step, "constant_collapse", finding, severe=True)

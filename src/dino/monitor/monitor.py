@@ -35,6 +35,11 @@ class Monitor:
     def __post_init__(self) -> None:
         if self.on_collapse not in get_args(OnCollapse):
             raise ValueError(f"monitor.on_collapse={self.on_collapse}: use {', '.join(get_args(OnCollapse))}")
+        for name in ("health", "early_stopping"):
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"monitor.{name}=null: it has settings of its own; verdicts are off with on_collapse=off"
+                )
 
     @property
     def statistics(self) -> Statistics:

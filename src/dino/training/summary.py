@@ -115,7 +115,7 @@ def _health_words(trainer: Trainer) -> str:
     counts = trainer.health.counts
     if not counts:
         return "nothing found wrong"
-    return "found " + ", ".join(f"{kind} ({count} times)" for kind, count in counts.items())
+    return "found " + ", ".join(f"{kind} (at {count} looks)" for kind, count in counts.items())
 
 
 def _knn_words(metrics: dict[str, dict[str, float]], lines: list[dict[str, float]]) -> str:
