@@ -248,3 +248,22 @@ def test_a_search_from_submission_to_collection(here: WorkingCopy) -> None:
     chosen = [trial.settings for trial in Manifest.read(manifest.folder).trials]
     assert all(0.01 <= settings["optimizer.lr"] <= 0.1 for settings in chosen)
     assert len({settings["optimizer.lr"] for settings in chosen}) == 4
+
+
+@pytest.mark.slow
+def test_a_trial_that_collapses_is_called_that_and_left_alone(here: WorkingCopy) -> None:
+    """Tried again it would collapse again."""
+    collapsing = [
+        *("loss.center_momentum=1", "loss.koleo_weight=0", "schedule.lr.warmup_epochs=0", "trainer.epochs=8"),
+        *("trainer.freeze_last_layer_epochs=0", "monitor.health.patience_steps=10", "monitor.on_collapse=stop"),
+    ]
+    here.sweep("submit", "sweep.dir=s", *HERE, *collapsing, "sweep.on_failure=retry:3")
+    shown = here.sweep("status", "s", "--watch").stdout
+    assert "collapsed" in shown
+    assert here.run("sweep.py", "collect", "s").returncode == 1
+    manifest = Manifest.read(here.folder / "s")
+    (line,) = table(manifest)
+    assert (line["state"], line["exit_code"]) == ("collapsed", "4")
+    assert "constant collapse" in line["reason"]
+    here.sweep("resume", "s")
+    assert num_starts(manifest) == [1]
