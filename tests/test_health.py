@@ -52,6 +52,7 @@ def test_all_ranks_stop_at_the_same_step(tmp_path: Path) -> None:
     assert reason.startswith("step ")
     assert "constant collapse" in reason
     assert last_state(tmp_path / "run")["step"] == status(tmp_path / "run")["step"]
+    assert (tmp_path / "run" / "train.log").read_text().count("constant_collapse at step") == 1
 
 
 def test_ranks_agree_on_a_metric_that_differs_between_them(tmp_path: Path) -> None:

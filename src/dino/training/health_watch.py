@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dino import ranks
 from dino.logger import Logger
 from dino.monitor import Facts, Monitor, Verdict, expected_moves
 from dino.training.step import TrainStep
@@ -60,7 +61,8 @@ class HealthWatch:
 
     def _pass_on(self, step: int, verdicts: Sequence[Verdict]) -> None:
         for verdict in verdicts:
-            log.warning("%s at step %d: %s", verdict.kind, step, verdict.text)
+            if ranks.rank() == 0:  # all of them find it
+                log.warning("%s at step %d: %s", verdict.kind, step, verdict.text)
             for logger in self.loggers:
                 logger.event(
                     step,
