@@ -95,7 +95,7 @@ def test_resuming_in_mid_epoch_is_exact(undisturbed: Path, tmp_path: Path, worke
     assert_same_run(run_dir, undisturbed)
 
 
-@pytest.mark.parametrize("metric", ["val/knn_top1", "train/entropy_teacher"])
+@pytest.mark.parametrize("metric", ["val/knn_top1", pytest.param("train/entropy_teacher", marks=pytest.mark.slow)])
 def test_early_stopping_is_exact_after_a_resume(tmp_path: Path, metric: str) -> None:
     """A metric that can never improve: the run ends after two more epochs, resumed in between or not."""
     stopping = [
@@ -217,7 +217,7 @@ def newest_step(run_dir: Path) -> int:
 # ---------------------------------------------------------------------- signalled
 
 
-@pytest.mark.parametrize("workers", [0, 4])
+@pytest.mark.parametrize("workers", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_signalled_run_goes_on_exactly(undisturbed: Path, tmp_path: Path, workers: int) -> None:
     """SIGTERM to the whole group, workers and all, in mid-epoch."""
     run_dir = tmp_path / "run"
@@ -490,6 +490,7 @@ def test_a_pipe_that_is_closed_ends_no_run(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- from a given checkpoint
 
 
+@pytest.mark.slow
 def test_resume_from_a_path_can_be_typed_again(undisturbed: Path, tmp_path: Path) -> None:
     """From another run, then from what came of it; and back to an older one of its own, which sets newer ones aside."""
     start_point = undisturbed / "checkpoints" / "step_00000008.pt"

@@ -110,7 +110,12 @@ PROVOKED = {
 }
 
 
-@pytest.mark.parametrize("kind", PROVOKED)
+QUICK = ("uniform_collapse", "constant_collapse", "gradient_explosion", "non_finite")  # `make test` has these
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in PROVOKED]
+)
 def test_what_provokes_a_verdict_is_named(train: Train, kind: str) -> None:
     overrides, key = PROVOKED[kind]
     events = train(*overrides)
