@@ -12,13 +12,14 @@ log = logging.getLogger("dino")
 Mode = Literal["auto", "max", "min"]
 
 EPOCH_LOSS = "train/loss_epoch"  # mean loss of an epoch: what is left where nothing is evaluated
+BETTER_HIGH = ("knn", "effective_rank", "feature_std", "view_retrieval", "perf/images_per_s")
 OF_STEPS = ("train/", "grad/", "perf/")  # how the metrics of logged steps begin
 PREFERRED = ("val/knn_top1", "val/loss", EPOCH_LOSS)
 
 
 def higher_is_better(metric: str) -> bool | None:
     """Which way a metric is better; None where neither way is."""
-    if "knn" in metric or "effective_rank" in metric or metric == "perf/images_per_s":
+    if any(word in metric for word in BETTER_HIGH):
         return True
     return False if "loss" in metric else None
 
@@ -31,7 +32,7 @@ class EarlyStopping:
         metric: any metric of the evaluation, `train/loss_epoch`, or one of the logged steps, of which the last value
             before the evaluation counts. None: k-NN accuracy, where it cannot be had the validation loss, and without
             any evaluation the mean training loss of an epoch.
-        mode: whether the largest or smallest value is the best; `auto` knows it for losses, k-NN and effective rank.
+        mode: whether the largest or smallest value is the best; `auto` knows it for losses and for the quality of features.
         patience: the run ends after so many evaluations in a row without improvement; None: it never ends early.
         min_delta: an improvement is a change by more than this.
         restore_best: the networks that the run leaves (and `last.pt`) are those of the best evaluation.
