@@ -32,7 +32,7 @@ class EarlyStopping:
         metric: any metric of the evaluation, `train/loss_epoch`, or one of the logged steps, of which the last value
             before the evaluation counts. None: k-NN accuracy, where it cannot be had the validation loss, and without
             any evaluation the mean training loss of an epoch.
-        mode: whether the largest or smallest value is the best; `auto` knows it for losses and for the quality of features.
+        mode: whether the largest or smallest value is the best; `auto` knows it for losses and features.
         patience: the run ends after so many evaluations in a row without improvement; None: it never ends early.
         min_delta: an improvement is a change by more than this.
         restore_best: the networks that the run leaves (and `last.pt`) are those of the best evaluation.
