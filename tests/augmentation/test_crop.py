@@ -24,6 +24,10 @@ def boxes_of(
     return random_boxes(u.reshape(views, n, -1), np.full(n, height), np.full(n, width), scale, ratio)
 
 
+def unmirrored(boxes: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return np.zeros(boxes.shape[:2], dtype=bool)
+
+
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
@@ -93,7 +97,7 @@ def test_matrices_give_pillows_pixels(
     """Bit by bit, on noise. Across before down is asked for explicitly: Pillow may choose the other order."""
     images = noise(12, *shape)
     boxes = boxes_of(12, *shape[1:], (0.05, 1.0), views=2)
-    views = crop_by_matrices(images, boxes, size, interpolation)
+    views = crop_by_matrices(images, boxes, unmirrored(boxes), size, interpolation)
     for view, image, channel in itertools.product(range(2), range(12), range(shape[0])):
         top, left, height, width = boxes[view, image].tolist()
         box = Image.fromarray(images[image, channel].numpy()).crop((left, top, left + width, top + height))
@@ -108,8 +112,9 @@ def test_the_two_ways_agree(shape: tuple[int, int, int], interpolation: Literal[
     images = torch.stack([smooth(60 + 4 * i, 60)[:, : shape[1], : shape[2]] for i in range(16)])
     images = images.repeat(1, 2, 1, 1)[:, : shape[0]].contiguous()
     boxes = boxes_of(16, *shape[1:], (0.1, 1.0), views=3)
-    by_matrices = crop_by_matrices(images, boxes, 24, interpolation)
-    difference = (by_matrices.int() - crop_one_by_one(images, boxes, 24, interpolation)).abs()
+    by_matrices = crop_by_matrices(images, boxes, unmirrored(boxes), 24, interpolation)
+    one_by_one = crop_one_by_one(images, boxes, unmirrored(boxes), 24, interpolation)
+    difference = (by_matrices.int() - one_by_one).abs()
     assert difference.max() <= {"bicubic": 1, "bilinear": 2}[interpolation]
     assert difference.float().mean() < {"bicubic": 0.01, "bilinear": 0.04}[interpolation]
 
@@ -139,9 +144,9 @@ def test_large_crops_are_torchvisions_and_nearly_pillows(layout: str) -> None:
 def test_channels_are_resized_alike_whatever_their_number(channels: int) -> None:
     image = noise(channels, 50, 40)
     boxes = boxes_of(1, 50, 40, (0.2, 1.0), views=3)
-    together = crop_one_by_one([image], boxes, 20, "bicubic")
+    together = crop_one_by_one([image], boxes, unmirrored(boxes), 20, "bicubic")
     for channel in range(channels):
-        alone = crop_one_by_one([image[channel : channel + 1]], boxes, 20, "bicubic")
+        alone = crop_one_by_one([image[channel : channel + 1]], boxes, unmirrored(boxes), 20, "bicubic")
         assert (together[:, :, channel].int() - alone[:, :, 0]).abs().max() <= 1
 
 

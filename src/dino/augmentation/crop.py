@@ -82,33 +82,30 @@ def crop(
     Returns:
         uint8 [V, B, C, size, size].
     """
-    small = isinstance(images, Tensor) and max(images.shape[-2:]) <= SMALL_IMAGE and size <= SMALL_VIEW
-    if isinstance(images, Tensor) and small:
-        views = crop_by_matrices(images, boxes, size, interpolation)
-    else:
-        views = crop_one_by_one(images, boxes, size, interpolation)
-    mirrored = torch.from_numpy(flips)
-    if flips.any():
-        views[mirrored] = views[mirrored].flip(-1)
-    return views
+    if isinstance(images, Tensor) and max(images.shape[-2:]) <= SMALL_IMAGE and size <= SMALL_VIEW:
+        return crop_by_matrices(images, boxes, flips, size, interpolation)
+    return crop_one_by_one(images, boxes, flips, size, interpolation)
 
 
-def crop_one_by_one(images: Tensor | Sequence[Tensor], boxes: Ints, size: int, interpolation: Interpolation) -> Tensor:
-    """`crop` without mirroring, one torch call per crop."""
+def crop_one_by_one(
+    images: Tensor | Sequence[Tensor], boxes: Ints, flips: Bools, size: int, interpolation: Interpolation
+) -> Tensor:
+    """`crop` with one torch call per crop; the views lie channels last in memory, as the kernel makes them."""
     num_views, num_images = boxes.shape[:2]
-    views = torch.empty(num_views, num_images, images[0].shape[0], size, size, dtype=torch.uint8)
-    for i, of_image in enumerate(boxes.swapaxes(0, 1).tolist()):
+    views = torch.empty(num_views, num_images, size, size, images[0].shape[0], dtype=torch.uint8).movedim(-1, 2)
+    for i, (of_image, mirrored) in enumerate(zip(boxes.swapaxes(0, 1).tolist(), flips.T.tolist(), strict=True)):
         # torch's fast kernels want channels last, and at most four of them.
         image = images[i][None].contiguous(memory_format=torch.channels_last)
         for part, channels in zip(torch.split(image, 4, dim=1), torch.split(views[:, i], 4, dim=1), strict=True):
-            for view, (top, left, height, width) in zip(channels, of_image, strict=True):
+            for view, (top, left, height, width), mirror in zip(channels, of_image, mirrored, strict=True):
                 box = part[:, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
-                view.copy_(F.interpolate(box, (size, size), mode=interpolation, antialias=True)[0])
+                resized = F.interpolate(box, (size, size), mode=interpolation, antialias=True)[0]
+                view.copy_(resized.flip(-1) if mirror else resized)
     return views
 
 
-def crop_by_matrices(images: Tensor, boxes: Ints, size: int, interpolation: Interpolation) -> Tensor:
-    """`crop` without mirroring, two matrix products for all images of a view; the pixels are Pillow's."""
+def crop_by_matrices(images: Tensor, boxes: Ints, flips: Bools, size: int, interpolation: Interpolation) -> Tensor:
+    """`crop` with two matrix products for all images of a view; the pixels are Pillow's."""
     num_images, num_channels, height, width = images.shape
     across = _resize_weights(width, size, interpolation)  # [W, W, W, S]
     down = _resize_weights(height, size, interpolation)
@@ -120,6 +117,9 @@ def crop_by_matrices(images: Tensor, boxes: Ints, size: int, interpolation: Inte
         rows = rows.view(num_images, num_channels, height, size).transpose(2, 3).reshape(num_images, -1, height)
         columns = _round(torch.bmm(rows, down[top, box_height - 1]))  # [B, C*S, S], transposed
         view.copy_(columns.view(num_images, num_channels, size, size).transpose(2, 3))
+    mirrored = torch.from_numpy(flips)
+    if flips.any():
+        views[mirrored] = views[mirrored].flip(-1)
     return views
 
 

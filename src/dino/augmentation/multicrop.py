@@ -129,14 +129,15 @@ class MultiCrop:
             ValueError: if the images have another number of channels than was set.
         """
         assert len(images) == len(indices) > 0
-        num_channels = {int(image.shape[0]) for image in images}
+        # A set in memory has one shape, and looking at each of its images would cost as much as cropping them.
+        shapes = [images.shape[1:]] * len(images) if isinstance(images, Tensor) else [image.shape for image in images]
+        num_channels = {shape[0] for shape in shapes}
         if num_channels != {self.channels}:
             found = " and ".join(str(number) for number in sorted(num_channels))
             raise ValueError(
                 f"augmentation.channels is {self.channels}, but the images have {found}; set dataset.channels"
             )
-        heights = np.array([image.shape[-2] for image in images], dtype=np.int64)
-        widths = np.array([image.shape[-1] for image in images], dtype=np.int64)
+        heights, widths = np.array([shape[-2:] for shape in shapes], dtype=np.int64).T
         boxes, flips, parameters = self.draw(indices, heights, widths, seed=seed, epoch=epoch)
         views = [
             crop(images, boxes[which], flips[which], size, self.interpolation)
