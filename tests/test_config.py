@@ -374,11 +374,11 @@ def test_sizes_of_the_dataset_are_fitted_and_those_of_a_person_are_not(copied_co
         "# @package _global_\ndefaults:\n  - override /backbone: vit_s16\n  - _self_\ndataset:\n  global_size: 20\n"
     )
     with pytest.raises(ConfigError, match=r"dataset\.global_size=20: not a multiple of backbone\.patch_size=16"):
-        validation.checked(["experiment=mine"], targets=False)
+        validation.checked(["experiment=mine"])
 
 
 def test_a_teacher_that_is_not_sharper_is_a_warning() -> None:
-    _, warnings = validation.checked(["loss.student_temp=0.04", "loss.teacher_temp=0.04"], targets=False)
+    _, warnings = validation.checked(["loss.student_temp=0.04", "loss.teacher_temp=0.04"])
     assert len(warnings) == 1
     assert warnings[0].startswith("loss.student_temp=0.04 is not above loss.teacher_temp=0.04")
-    assert validation.checked([], targets=False)[1] == []
+    assert validation.checked([])[1] == []

@@ -187,21 +187,20 @@ def _points(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def check_points(points: Sequence[Sequence[str]]) -> list[str]:
-    """Checks every point, the quick stage of all first; returns the warnings.
+    """Checks every point; returns the warnings.
 
     Raises:
         ConfigError: with the problems of all points, each once.
     """
     problems: list[str] = []
     warnings: list[str] = []
-    for targets in (False, True):
-        for point in points:
-            try:
-                warnings += checked(point, targets=targets)[1]
-            except ConfigError as error:
-                problems += error.problems
-        if problems:
-            raise ConfigError(problems)
+    for point in points:
+        try:
+            warnings += checked(point)[1]
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
     return list(dict.fromkeys(warnings))
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dino.messages import ConfigError, did_you_mean, show
+from dino.signatures import MissingNameError, Parameters, read_parameters
 
 ALLOWED_PREFIXES = ("dino", "torch", "torchvision", "timm")
 RESERVED = ("_target_", "_partial_")
@@ -101,13 +102,26 @@ def _import_error(key: str, name: str, error: BaseException) -> ConfigError:
     return ConfigError([f"{key}._target_={name}: {error} ({type(error).__name__} while importing it)"])
 
 
-def node_problems(key: str, node: Mapping[str, Any], policy: Policy) -> list[str]:
-    """Everything wrong with one node: the target's name, unknown keys, missing arguments, wrong types."""
+def parameters_of(key: str, name: str, policy: Policy, *, imports: bool) -> Parameters | None:
+    """The parameters of a target, by name: from its source where that tells, otherwise by importing it, if allowed to.
+
+    Raises:
+        ConfigError: as `locate`.
+    """
+    if problem := name_problem(key, name, policy):
+        raise ConfigError([problem])
     try:
-        target = locate(key, node["_target_"], policy)
-    except ConfigError as error:
-        return error.problems
-    parameters = _parameters(target)
+        parameters = read_parameters(name, ALLOWED_PREFIXES)
+    except MissingNameError as error:
+        hint = did_you_mean(error.name, error.options)
+        raise ConfigError([f"{key}._target_={name}: {error}{hint}"]) from None
+    return _parameters(locate(key, name, policy)) if parameters is None and imports else parameters
+
+
+def node_problems(
+    key: str, node: Mapping[str, Any], policy: Policy, parameters: Mapping[str, inspect.Parameter]
+) -> list[str]:
+    """Everything wrong with the keys of one node, whose target takes `parameters`: unknown, missing, of wrong type."""
     problems = []
     for name, value in node.items():
         if name in RESERVED:
@@ -117,7 +131,7 @@ def node_problems(key: str, node: Mapping[str, Any], policy: Policy) -> list[str
             needed = type_mismatch(parameter.annotation, value)
             if needed:
                 problems.append(f"{key}.{name}={show(value)}: use {needed}")
-        elif not _takes_anything(parameters) and f"{key}.{name}" not in policy.read_keys:
+        elif not takes_anything(parameters) and f"{key}.{name}" not in policy.read_keys:
             known = {f"{key}.{parameter}" for parameter in parameters}
             hint = did_you_mean(f"{key}.{name}", [*known, *(k for k in policy.read_keys if k.startswith(f"{key}."))])
             problems.append(f"{key}.{name}: {node['_target_']} takes no {name}{hint}")
@@ -131,7 +145,7 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @functools.cache
-def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def _parameters(target: Callable[..., Any]) -> Parameters:
     """Parameters by name with their annotations evaluated where that is possible."""
     try:
         return dict(inspect.signature(target, eval_str=True).parameters)
@@ -141,13 +155,8 @@ def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         return {"_": inspect.Parameter("_", inspect.Parameter.VAR_KEYWORD)}
 
 
-def takes(target: Callable[..., Any], name: str) -> bool:
-    """Whether the target has a parameter called `name`, or takes any."""
-    parameters = _parameters(target)
-    return name in parameters or _takes_anything(parameters)
-
-
-def _takes_anything(parameters: Mapping[str, inspect.Parameter]) -> bool:
+def takes_anything(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether there is a `**` among the parameters."""
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
@@ -228,16 +237,16 @@ def instantiate(key: str, settings: Any, policy: Policy, runtime: Mapping[str, A
     if "_target_" not in settings:
         return {name: instantiate(f"{key}.{name}", value, policy) for name, value in settings.items()}
     runtime = dict(runtime or {})
-    checked = {name: value for name, value in settings.items() if name not in runtime}
-    problems = node_problems(key, {**checked, "_partial_": True}, policy)
-    if problems:
-        raise ConfigError(problems)
     target = locate(key, settings["_target_"], policy)
     parameters = _parameters(target)
+    checked = {name: value for name, value in settings.items() if name not in runtime}
+    problems = node_problems(key, {**checked, "_partial_": True}, policy, parameters)
+    if problems:
+        raise ConfigError(problems)
     arguments = {
         name: instantiate(f"{key}.{name}", value, policy)
         for name, value in settings.items()
-        if name not in RESERVED and name not in runtime and (name in parameters or _takes_anything(parameters))
+        if name not in RESERVED and name not in runtime and (name in parameters or takes_anything(parameters))
     }
     if settings.get("_partial_", False) and not runtime:
         return functools.partial(target, **arguments)

@@ -1,7 +1,7 @@
 """What can be known to be wrong before data or models, in two stages.
 
 `check` needs the composed config alone: values (`dino.rules`), keys against one another, paths, names of targets.
-`target_problems` imports the targets, and with them torch, and checks every key against their signatures.
+`target_problems` checks every key against the signatures of the targets, importing only what has to be.
 """
 
 import fnmatch
@@ -21,7 +21,15 @@ from dino.messages import ConfigError, show
 from dino.overrides import compose_or_explain, options_of, unknown_key
 from dino.presets import keys_by_hand, leaves
 from dino.rules import rule_for
-from dino.targets import ANY_VALUE, locate, name_problem, node_problems, takes, target_nodes
+from dino.targets import (
+    ANY_VALUE,
+    RESERVED,
+    name_problem,
+    node_problems,
+    parameters_of,
+    takes_anything,
+    target_nodes,
+)
 
 # A run needs one object of each; `evaluation` and `logger` may be empty.
 NEEDED = (
@@ -39,12 +47,11 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
 
 
-def checked(overrides: Sequence[str], *, paths: bool = True, targets: bool = True) -> tuple[DictConfig, list[str]]:
+def checked(overrides: Sequence[str], *, paths: bool = True) -> tuple[DictConfig, list[str]]:
     """The config of these overrides (with Hydra's node), and warnings.
 
     Args:
         paths: data, checkpoint and weights must be there.
-        targets: also check every key against the signature of its target, which imports torch.
 
     Raises:
         ConfigError: with all problems that were found.
@@ -53,7 +60,7 @@ def checked(overrides: Sequence[str], *, paths: bool = True, targets: bool = Tru
     findings = check(config, paths=paths) if config is not None else Findings()
     if config is None or problems or findings.problems:
         raise ConfigError(problems + findings.problems)
-    if targets and (problems := target_problems(config)):
+    if problems := target_problems(config):
         raise ConfigError(problems)
     return config, findings.warnings
 
@@ -250,17 +257,28 @@ def _warnings(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def target_problems(config: DictConfig) -> list[str]:
-    """Keys that their target does not take, arguments that it lacks, values of the wrong type. Imports the targets.
+    """Keys that their target does not take, arguments that it lacks, values of the wrong type.
+
+    A target is imported only where its source does not tell its signature, and nothing was found before.
 
     Values that are read from elsewhere are checked where they are written; some of those (`mean: auto`) are replaced
     when the run knows them.
     """
     settings = raw_settings(config)
     allowed = policy(config)
-    problems = []
-    for key, node in target_nodes(_with_any_value(settings)):
-        problems += node_problems(key, node, allowed)
-    return problems or list(_without_effect(config, settings))
+    nodes = list(target_nodes(_with_any_value(settings)))
+    for imports in (False, True):
+        problems = []
+        for key, node in nodes:
+            try:
+                parameters = parameters_of(key, node["_target_"], allowed, imports=imports)
+            except ConfigError as error:
+                problems += error.problems
+            else:
+                problems += [] if parameters is None else node_problems(key, node, allowed, parameters)
+        if problems:
+            return problems
+    return list(_without_effect(config, settings))
 
 
 def _with_any_value(settings: Any) -> Any:
@@ -275,8 +293,9 @@ def _without_effect(config: DictConfig, settings: dict[Any, Any]) -> Iterator[st
     """Keys that a person set and that nothing reads with these options (`loss.center_momentum` with Sinkhorn)."""
     by, read, allowed = by_hand(config), read_keys(config), policy(config)
     for key, node in target_nodes(settings):
-        target = locate(key, node["_target_"], allowed)
-        for name in node:
+        parameters = parameters_of(key, node["_target_"], allowed, imports=True)
+        assert parameters is not None
+        for name in set(node) - set(parameters) - set(RESERVED):
             full = f"{key}.{name}"
-            if full in by - read and name not in ("_target_", "_partial_") and not takes(target, name):
+            if full in by - read and not takes_anything(parameters):
                 yield f"{full}: has no effect with these options; nothing reads it"

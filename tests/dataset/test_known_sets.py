@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dino.dataset import CIFAR10, CIFAR100, STL10, Digits, FashionMNIST, ImageDataset, Imagenette
+from dino.dataset.digits import stratified_split
 
 SETTINGS: dict[str, Any] = {
     "channels": 3,
@@ -53,6 +54,32 @@ def test_digits_have_a_fixed_stratified_split() -> None:
     again = Digits(name="digits", **GRAY).train().images
     assert again is not None
     assert torch.equal(again, images)
+
+
+def test_digits_and_their_split_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    theirs = load_digits()
+    dataset = Digits(name="digits", **GRAY | {"image_size": 8})
+    evaluation = dataset.evaluation()
+    assert evaluation is not None
+    indices = train_test_split(np.arange(1797), test_size=360, stratify=theirs.target, random_state=0)
+    for source, chosen in zip((dataset.train(), evaluation[1]), indices, strict=True):
+        assert source.labels is not None
+        assert source.images is not None
+        assert source.labels.tolist() == theirs.target[chosen].tolist()
+        assert np.array_equal(source.images[:, 0], np.rint(theirs.images[chosen] * (255 / 16)))
+
+
+@pytest.mark.parametrize(("num_held_out", "seed"), [(11, 5), (100, 3), (355, 9), (900, 2)])
+def test_a_stratified_split_is_that_of_scikit_learn(num_held_out: int, seed: int) -> None:
+    from sklearn.model_selection import train_test_split
+
+    labels = np.random.RandomState(seed).choice(9, size=1000, p=np.arange(1, 10) / 45)
+    theirs = train_test_split(np.arange(1000), test_size=num_held_out, stratify=labels, random_state=seed)
+    for ours, expected in zip(stratified_split(labels, num_held_out, seed), theirs, strict=True):
+        assert ours.tolist() == expected.tolist()
 
 
 def test_digits_in_three_channels_repeat_the_gray_values() -> None:

@@ -17,7 +17,7 @@ from dino.sweep.clusters import built
 from dino.sweep.manifest import MANIFEST, Manifest, Trial, refuse_without_locks
 from dino.sweep.plan import Point, Sweep, axes_of, points_of, probes_of
 from dino.sweep.snapshot import take_snapshot
-from dino.validation import checked, target_problems
+from dino.validation import checked
 
 NOT_OF_A_TRIAL = ("sweep", "cluster")  # groups and keys of the sweep itself
 SEARCH = "optuna"  # chooses its points while trials run; all others are planned at once
@@ -162,13 +162,12 @@ def composed(base: Sequence[str], points: Sequence[Point]) -> tuple[list[DictCon
     warnings: list[str] = []
     for point in points:
         try:
-            config, said = checked([*base, *point.overrides], targets=False)
+            config, said = checked([*base, *point.overrides])
         except ConfigError as error:
             problems += error.problems
         else:
             configs.append(config)
             warnings += said
-    problems = problems or [problem for config in configs for problem in target_problems(config)]
     if problems:
         raise ConfigError(problems)
     return configs, list(dict.fromkeys(warnings))
