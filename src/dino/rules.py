@@ -119,6 +119,7 @@ RULES: dict[str, Rule] = {
     "augmentation.hue": Rule(kind=float, low=0, high=0.5),
     "augmentation.solarize_threshold": Rule(kind=float, low=0, high=255),
     "augmentation.photometric_device": one_of("cpu", "device"),
+    "augmentation.jitter_form": one_of("exact", "matrix"),
     "backbone.patch_size": AT_LEAST_1,
     "backbone.embed_dim": AT_LEAST_1,
     "backbone.depth": AT_LEAST_1,

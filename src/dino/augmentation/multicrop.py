@@ -3,9 +3,10 @@
 Shapes: B images in the batch, G = 2 global views, L local views, V = G + L, C channels, H x W image size.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dino.augmentation import draws, validation
 from dino.augmentation.crop import Interpolation, crop, random_boxes
-from dino.augmentation.photometric import PhotometricSettings, apply_photometric
+from dino.augmentation.photometric import JitterForm, PhotometricSettings, apply_photometric
 from dino.augmentation.randomness import uniforms
 from dino.augmentation.views import JITTER_ORDERS, PhotometricParameters, ViewBatch
 
@@ -32,8 +33,9 @@ class MultiCrop:
     """Draws, crops and colours views; the defaults are the original's for photographs.
 
     A view is a function of (seed, epoch, sample index, view number) alone; the views are numbered global 0, global 1,
-    local 0, ..., local L-1. Cropping gives uint8 views and happens where the images are read; `photometric` then runs
-    batched on whichever device the views lie.
+    local 0, ..., local L-1. Cropping gives uint8 views and happens where the images are read. The photometric
+    operations follow there too (`colour`), or batched on whichever device the views lie (`photometric`), which
+    normalises in both cases.
 
     Saturation, hue and grayscale need three channels; for other images they are left out and `notices` says so.
 
@@ -48,6 +50,8 @@ class MultiCrop:
         jitter_probability: of brightness, contrast, saturation and hue together, in random order.
         brightness: factor uniform in [max(0, 1 - x), 1 + x]; likewise `contrast` and `saturation`.
         hue: shift uniform in [-x, x], in turns of the colour circle; at most 0.5.
+        jitter_form: "exact": one operation after another, each clipped, the hue turned in HSV; "matrix": all in one
+            affine map of the colours, the hue turned in YIQ, clipped once.
         grayscale_probability: of making the view gray.
         blur_probability: of Gaussian blur in global view 0, global view 1 and each local view.
         blur_sigma: smallest and largest standard deviation of the blur in pixels.
@@ -55,7 +59,7 @@ class MultiCrop:
         solarize_threshold: values from here on are inverted, in 0..255.
         channels: of the images.
         mean, std: of each channel, for values in [0, 1].
-        photometric_device: "cpu": before the batch goes to the training device; "device": there.
+        photometric_device: "cpu": in the workers, on uint8 views; "device": on the training device.
         interpolation: of the crops, always antialiased.
 
     Raises:
@@ -74,6 +78,7 @@ class MultiCrop:
     contrast: float = 0.4
     saturation: float = 0.2
     hue: float = 0.1
+    jitter_form: JitterForm = "exact"
     grayscale_probability: float = 0.2
     blur_probability: Sequence[float] = (1.0, 0.1, 0.5)
     blur_sigma: Sequence[float] = (0.1, 2.0)
@@ -176,23 +181,35 @@ class MultiCrop:
         )
         return boxes, draws.chance(u, draws.FLIP, self.flip_probability), self._draw_photometric(u)
 
-    def photometric(self, batch: ViewBatch) -> ViewBatch:
-        """Applies the batch's parameters and normalises, on the device where its views lie; float32 views."""
-        assert batch.parameters is not None, "the photometric operations have run already"
-        views = [
-            None if images is None else self._photometric_of(images, batch.parameters.of_views(first, last))
-            for images, first, last in (
-                (batch.global_views, 0, NUM_GLOBAL_VIEWS),
-                (batch.local_views, NUM_GLOBAL_VIEWS, self.num_views),
-            )
-        ]
-        assert views[0] is not None
-        return ViewBatch(views[0], views[1], batch.indices, batch.labels, None, batch.bad)
+    def colour(self, batch: ViewBatch) -> ViewBatch:
+        """Applies the batch's parameters on the host, rounding to uint8: the part of `photometric` that workers do."""
+        from dino.augmentation.photometric_cpu import colour  # here: OpenCV takes a tenth of a second
 
-    def _photometric_of(self, views: Tensor, parameters: PhotometricParameters) -> Tensor:
-        settings = PhotometricSettings(self.mean, self.std, self.solarize_threshold, self.blur_sigma[1])
-        floats = apply_photometric(views.flatten(0, 1), parameters.flat(), settings)
-        return floats.view(*views.shape[:2], *floats.shape[1:])
+        assert batch.parameters is not None, "the photometric operations have run already"
+        return self._on_views(batch, colour)
+
+    def photometric(self, batch: ViewBatch) -> ViewBatch:
+        """Applies the batch's parameters, if it still has some, and normalises, where its views lie; float32 views."""
+        assert batch.global_views.dtype == torch.uint8, "the views are normalised already"
+        return self._on_views(batch, apply_photometric)
+
+    def _on_views(self, batch: ViewBatch, operation: Callable[[Tensor, Any, PhotometricSettings], Tensor]) -> ViewBatch:
+        settings = PhotometricSettings(
+            self.mean, self.std, self.solarize_threshold, self.blur_sigma[1], self.jitter_form
+        )
+
+        def on(views: Tensor, first: int, last: int) -> Tensor:
+            of_views = None if batch.parameters is None else batch.parameters.of_views(first, last).flat()
+            flat = operation(views.flatten(0, 1), of_views, settings)
+            return flat.view(*views.shape[:2], *flat.shape[1:])
+
+        local = batch.local_views
+        return dataclasses.replace(
+            batch,
+            global_views=on(batch.global_views, 0, NUM_GLOBAL_VIEWS),
+            local_views=None if local is None else on(local, NUM_GLOBAL_VIEWS, self.num_views),
+            parameters=None,
+        )
 
     def _draw_photometric(self, u: draws.Floats) -> PhotometricParameters:
         """The photometric parameters [V, B] from u [V, B, NUM_DRAWS]."""
@@ -249,4 +266,5 @@ class MultiCrop:
         validation.check_per_channel("mean", self.mean, self.channels, positive=False)
         validation.check_per_channel("std", self.std, self.channels, positive=True)
         validation.check_choice("photometric_device", self.photometric_device, ("cpu", "device"))
+        validation.check_choice("jitter_form", self.jitter_form, ("exact", "matrix"))
         validation.check_choice("interpolation", self.interpolation, ("bicubic", "bilinear"))

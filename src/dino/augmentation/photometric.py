@@ -13,18 +13,19 @@ Shapes: N images, n those an operation touches, C channels, S x S image size.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino.augmentation.views import JITTER_OPERATIONS, JITTER_ORDERS, PhotometricParameters
+from dino.augmentation.jitter_matrix import LUMA, jitter_matrices
+from dino.augmentation.views import JITTER_OPERATIONS, JITTER_ORDERS, NEUTRAL, PhotometricParameters
 
-# ITU-R 601 luma, as torchvision's rgb_to_grayscale has it.
-_LUMA: Final = (0.2989, 0.587, 0.114)
+JitterForm = Literal["exact", "matrix"]
+
 _BLUR_TILE: Final = 32  # output pixels per matrix product: small ones save arithmetic, large ones calls
-_BLUR_SIGMAS: Final = 4  # the Gaussian is cut at so many standard deviations
+BLUR_SIGMAS: Final = 4  # the Gaussian is cut at so many standard deviations
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,21 @@ class PhotometricSettings:
     std: Sequence[float]
     solarize_threshold: float  # images are solarized from this value on, in 0..255
     largest_blur_sigma: float  # of any image of any batch, in pixels; it decides how far filters reach
+    jitter_form: JitterForm = "exact"
+
+    def jitters_by_matrix(self, num_channels: int) -> bool:
+        """Whether the jitter is one matrix; without three colours it never is."""
+        return self.jitter_form == "matrix" and num_channels == len(LUMA)
 
 
-def apply_photometric(images: Tensor, parameters: PhotometricParameters, settings: PhotometricSettings) -> Tensor:
+def apply_photometric(
+    images: Tensor, parameters: PhotometricParameters | None, settings: PhotometricSettings
+) -> Tensor:
     """Turns uint8 images into what the network sees.
 
     Args:
         images: uint8 [N, C, S, S], on any device.
-        parameters: each [N], on the host.
+        parameters: each [N], on the host; None: the images are only normalised.
 
     Returns:
         float32 [N, C, S, S] on the device of `images`, normalised.
@@ -59,8 +67,13 @@ def apply_photometric(images: Tensor, parameters: PhotometricParameters, setting
     # Blur is a matrix product, which autocast would round to bfloat16.
     with torch.autocast(images.device.type, enabled=False):
         floats = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
+        if parameters is None:
+            return _normalise(floats, settings.mean, settings.std)
+        by_matrix = settings.jitters_by_matrix(images.shape[1])
+        if by_matrix:
+            floats = _jitter_by_matrix(floats, parameters)
         operations = _operations(settings)
-        for part in to_device(plan(parameters), images.device):
+        for part in to_device(plan(parameters, jitter=not by_matrix), images.device):
             operation = operations[part.operation]
             if len(part.indices) == len(floats):
                 floats = operation(floats, part.values).contiguous()
@@ -69,31 +82,42 @@ def apply_photometric(images: Tensor, parameters: PhotometricParameters, setting
         return _normalise(floats, settings.mean, settings.std)
 
 
-def plan(parameters: PhotometricParameters) -> list[Application]:
+def plan(parameters: PhotometricParameters, *, jitter: bool = True) -> list[Application]:
     """What is applied to which images, in order; neutral operations are skipped.
-
-    Images whose n-th jitter operation is the same are handled at once.
 
     Args:
         parameters: each [N].
+        jitter: with the four jitter operations.
     """
-    factors = [parameters.brightness, parameters.contrast, parameters.saturation, parameters.hue]
-    neutral = (1.0, 1.0, 1.0, 0.0)
-    applied = torch.stack([factor != rest for factor, rest in zip(factors, neutral, strict=True)], dim=1)  # [N, 4]
+    parts = _plan_jitter(parameters) if jitter else []
+    parts.append(_application("grayscale", parameters.grayscale, parameters.hue))
+    parts.append(_application("blur", parameters.blur_sigma > 0, parameters.blur_sigma))
+    parts.append(_application("solarize", parameters.solarize, parameters.hue))
+    return [part for part in parts if len(part.indices)]
+
+
+def _plan_jitter(parameters: PhotometricParameters) -> list[Application]:
+    """Images whose n-th jitter operation is the same are handled at once."""
+    factors = [getattr(parameters, name) for name in JITTER_OPERATIONS]
+    changed = [factor != NEUTRAL[name] for name, factor in zip(JITTER_OPERATIONS, factors, strict=True)]
+    applied = torch.stack(changed, dim=1)  # [N, 4]
     orders = torch.tensor([[JITTER_OPERATIONS.index(name) for name in order] for order in JITTER_ORDERS])
     order = orders[parameters.order]  # [N, 4], operation at each place
     applied_at = applied.gather(1, order)
     # An image's n-th operation, not counting those that are neutral.
     turn = torch.where(applied_at, applied_at.cumsum(1), 0)
-    parts = [
+    return [
         _application(name, ((turn == k) & (order == o)).any(dim=1), factors[o])
         for k in range(1, len(JITTER_OPERATIONS) + 1)
         for o, name in enumerate(JITTER_OPERATIONS)
     ]
-    parts.append(_application("grayscale", parameters.grayscale, parameters.hue))
-    parts.append(_application("blur", parameters.blur_sigma > 0, parameters.blur_sigma))
-    parts.append(_application("solarize", parameters.solarize, parameters.hue))
-    return [part for part in parts if len(part.indices)]
+
+
+def _jitter_by_matrix(images: Tensor, parameters: PhotometricParameters) -> Tensor:
+    """All of the jitter in one product for each image, clipped once."""
+    matrices = jitter_matrices(parameters, images.mean(dim=(2, 3)))  # [N, 3, 4]
+    flat = torch.baddbmm(matrices[:, :, 3:], matrices[:, :, :3], images.flatten(2))
+    return flat.clamp_(0, 1).view_as(images)
 
 
 def _application(operation: str, mask: Tensor, values: Tensor) -> Application:
@@ -199,7 +223,7 @@ def _per_image(values: Tensor) -> Tensor:
 
 def _luma(images: Tensor) -> Tensor:
     red, green, blue = images.unbind(dim=1)
-    return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue)[:, None]  # [n, 1, S, S]
+    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue)[:, None]  # [n, 1, S, S]
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
@@ -209,7 +233,7 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 def _operations(settings: PhotometricSettings) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Every operation as a function of images [n, C, S, S] and one parameter each [n], unused where it has none."""
     threshold = settings.solarize_threshold / 255
-    reach = math.ceil(_BLUR_SIGMAS * settings.largest_blur_sigma)
+    reach = math.ceil(BLUR_SIGMAS * settings.largest_blur_sigma)
     return {
         "brightness": brightness,
         "contrast": contrast,

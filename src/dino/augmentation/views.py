@@ -14,6 +14,7 @@ from torch import Tensor
 JITTER_OPERATIONS: Final = ("brightness", "contrast", "saturation", "hue")
 # `PhotometricParameters.order` points into this list; each entry names the operations in the order they are applied.
 JITTER_ORDERS: Final = tuple(itertools.permutations(JITTER_OPERATIONS))
+NEUTRAL: Final = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,11 @@ class PhotometricParameters:
     grayscale: Tensor  # [V, B] bool
     blur_sigma: Tensor  # [V, B] float32, standard deviation in pixels; 0 is neutral
     solarize: Tensor  # [V, B] bool
+
+    def jittered(self) -> Tensor:
+        """Bool, of the shape of the parameters: where any jitter operation is not neutral."""
+        changed = [getattr(self, name) != neutral for name, neutral in NEUTRAL.items()]
+        return torch.stack(changed).any(dim=0)
 
     def of_views(self, first: int, last: int) -> Self:
         """The same for the views first..last-1."""
@@ -50,11 +56,11 @@ class PhotometricParameters:
 class ViewBatch:
     """One micro-batch of views, view-major."""
 
-    global_views: Tensor  # [G, B, C, H, W] uint8 after cropping; float32, normalised, once photometric ops ran
+    global_views: Tensor  # [G, B, C, H, W] uint8 after cropping, and coloured on the host; float32 once normalised
     local_views: Tensor | None  # [L, B, C, h, w] likewise; None when L = 0
     indices: Tensor  # [B] int64 sample indices
     labels: Tensor | None  # [B] int64
-    parameters: PhotometricParameters | None  # None once applied
+    parameters: PhotometricParameters | None  # of the photometric operations; None once these are applied
     bad: tuple[int, ...]  # indices of unreadable images that were replaced by others
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:

@@ -216,7 +216,7 @@ class _ViewReader(BatchReader[_Made]):
         labels = None if self.source.labels is None else torch.from_numpy(self.source.labels[indices])
         views = self.augmentation.views(images, indices, self.seed, self.epoch, labels=labels, bad=tuple(bad))
         if self.augmentation.photometric_device == "cpu":
-            views = self.augmentation.photometric(views)
+            views = self.augmentation.colour(views)
         return _Made(_PackedViews.pack(views) if self.packed else views, bad)
 
     def _read(self, indices: NDArray[np.int64], bad: dict[int, str]) -> tuple[list[Tensor], NDArray[np.int64]] | None:

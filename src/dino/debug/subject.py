@@ -89,5 +89,5 @@ def subject_of(
     epoch, position = divmod(step, steps_per_epoch)
     with torch.no_grad():
         batch = next(iter(loader.epoch(epoch, first_batch=position * options.accumulate_steps))).to(device)
-        views = batch if batch.parameters is None else augmentation.photometric(batch)
+        views = augmentation.photometric(batch)
     return Subject(origin, step, steps_per_epoch, schedule(step), model, loss, views)

@@ -47,7 +47,7 @@ def held_out_views(
             once.say(f"unreadable image, left out of the evaluation of views: {failure}")
         if views is not None:
             views = views.to(inputs.device)
-            yield augmentation.photometric(views) if views.parameters is not None else views
+            yield augmentation.photometric(views)
 
 
 class _HeldOutReader(BatchReader[tuple[ViewBatch | None, list[str]]]):
@@ -67,7 +67,7 @@ class _HeldOutReader(BatchReader[tuple[ViewBatch | None, list[str]]]):
             return None, failures
         views = self.augmentation.views(images, shown, self.seed, epoch=0)
         if self.augmentation.photometric_device == "cpu":
-            views = self.augmentation.photometric(views)
+            views = self.augmentation.colour(views)
         return views, failures
 
     def _read(self, indices: Indices) -> tuple[Tensor | list[Tensor], Indices, list[str]]:

@@ -122,7 +122,7 @@ class Trainer:
 
     def _to_device(self, batch: ViewBatch) -> ViewBatch:
         batch = batch.to(self.device, non_blocking=True)
-        return self.augmentation.photometric(batch) if batch.parameters is not None else batch
+        return self.augmentation.photometric(batch)
 
     def _after_step(self, window: Sequence[ViewBatch], output: StepOutput) -> None:
         self._changed = True
