@@ -16,16 +16,20 @@ from omegaconf import DictConfig
 from dino.config import save_config
 from dino.launch import main, run_directory
 from dino.processes import Processes
+from dino.start_up import StartUp
 
 
 @main
 def train(config: DictConfig) -> None:
+    start_up = StartUp()
+    start_up.mark("settings")
     # Imported here, so that --help and a misspelt key do not wait for torch.
     from dino.ranks import from_main, process_group
     from dino.run import Run
     from dino.runtime import choose_device, provenance
     from dino.training import assemble, introduce, leaving_report, resume_or_start, summarise_run
 
+    start_up.mark("imports")
     processes = Processes.from_environment()
     device = choose_device(config.trainer.device, processes.local_rank)
     with (
@@ -34,7 +38,7 @@ def train(config: DictConfig) -> None:
         Run(from_main(run_directory(config)), provenance(), processes) as run,
     ):
         preemption.check()
-        trainer = assemble(config, run)
+        trainer = assemble(config, run, start_up)
         resume_or_start(trainer, config)
         run.begin(trainer.step)
         if processes.is_main:

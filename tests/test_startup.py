@@ -5,13 +5,15 @@ import inspect
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import REPOSITORY, finish, spawn
+from command_line import REPOSITORY, finish, metrics, spawn, train
 
 from dino.signatures import MissingNameError, read_parameters
+from dino.start_up import StartUp
 from dino.targets import ALLOWED_PREFIXES, type_mismatch
 
 HEAVY = {"torch", "torchvision", "timm", "wandb", "sklearn", "scipy", "matplotlib", "pandas", "tensorboard"}
@@ -195,3 +197,34 @@ def test_a_name_that_is_not_there_is_told_with_those_that_are() -> None:
 def test_other_packages_are_not_read() -> None:
     assert read_parameters("os.path.join", ALLOWED_PREFIXES) is None
     assert read_parameters("dino.config.os.system", ALLOWED_PREFIXES) is None
+
+
+# ---------------------------------------------------------------------- the first step
+
+
+def test_the_time_to_the_first_step_is_told_once_by_every_process(tmp_path: Path) -> None:
+    words = [f"run_dir={tmp_path}", "evaluation=[]", "monitor.every_steps=4", "resume_changes=[trainer]"]
+    for last_step, logged_step in ((3, 1), (6, 4)):
+        done = train(*words, f"trainer.max_steps={last_step}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith("first step"))
+        assert re.fullmatch(r"first step  done \d+\.\d s after the start \(settings \d.*imports \d.*\)", line)
+        told = {line["step"]: line["perf/first_step_s"] for line in metrics(tmp_path) if "perf/first_step_s" in line}
+        assert list(told)[-1] == logged_step
+        seconds = float(re.search(r"done (\S+) s", line)[1])
+        assert told[logged_step] == pytest.approx(seconds, abs=0.06)
+        assert sum(map(float, re.findall(r"[a-z] (\d+\.\d)(?=[,)])", line))) == pytest.approx(seconds, abs=0.5)
+    assert len(told) == 2
+
+
+def test_a_second_run_in_a_process_counts_from_its_own_start() -> None:
+    StartUp()
+    second = StartUp()
+    time.sleep(0.06)
+    second.mark("imports")
+    assert not second.done
+    assert second.metrics() == {}
+    second.mark("first step")
+    assert 0.05 < second.metrics()["perf/first_step_s"] < 10
+    assert second.metrics() == {}
+    assert str(second).startswith("done 0.1 s after the start (imports 0.1")

@@ -14,17 +14,22 @@ from dino.optimizer import parameter_groups
 from dino.run import Run
 from dino.runtime import Precision, choose_device, set_seeds
 from dino.schedule import scaled_lr
+from dino.start_up import StartUp
 from dino.training.options import TrainerOptions
 from dino.training.step import Schedules, TrainStep
 from dino.training.trainer import Trainer
 
 
-def assemble(config: DictConfig, run: Run) -> Trainer:
+def assemble(config: DictConfig, run: Run, start_up: StartUp | None = None) -> Trainer:
     """Builds dataset, views, networks, loss, optimizer and schedules, and the trainer around them.
+
+    Args:
+        start_up: of this process, where its time to the first step is to be told.
 
     Raises:
         ValueError: for what only the data or the machine can tell to be wrong, naming the key.
     """
+    start_up = start_up or StartUp()
     options: TrainerOptions = build(config, "trainer")
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
@@ -44,11 +49,13 @@ def assemble(config: DictConfig, run: Run) -> Trainer:
         pin_memory=device.type == "cuda",
     )
     steps_per_epoch = epoch_length(loader, options)
+    start_up.mark("data")
 
     train_step = build_step(config, options, precision, steps_per_epoch, loader.batch_size)
     if ranks.rank() > 0:
         set_seeds(config.seed, ranks.rank())  # and draws drop path of its own
     facts = {"world_size": ranks.world_size(), "num_training_images": len(dataset.train())}
+    start_up.mark("networks")
     return Trainer(
         options=options,
         train_step=train_step,
@@ -62,6 +69,7 @@ def assemble(config: DictConfig, run: Run) -> Trainer:
         seed=config.seed,
         settings=result_settings(config) | facts,
         steps_per_epoch=steps_per_epoch,
+        start_up=start_up,
     )
 
 

@@ -20,6 +20,7 @@ from dino.logger import Logger, RunContext
 from dino.monitor import EPOCH_LOSS, OF_STEPS, Monitor, memory_statistics
 from dino.optimizer import half_life_steps
 from dino.run import CollapseError, Run
+from dino.start_up import StartUp
 from dino.training import checkpoint
 from dino.training.checkpoint import CheckpointStore
 from dino.training.clock import TrainingClock
@@ -56,6 +57,7 @@ class Trainer:
     seed: int
     settings: dict[str, Any]
     steps_per_epoch: int
+    start_up: StartUp
     step: int = 0
     evaluated_step: int | None = None  # the last step whose evaluation is complete
     latest: dict[str, float] = field(default_factory=dict)  # what is known of this step, for the list of checkpoints
@@ -97,6 +99,8 @@ class Trainer:
                     for window in self._rest_of_epoch():
                         output = self.train_step(self.step, window)
                         self.step += 1
+                        if not self.start_up.done:
+                            self._tell_start_up()
                         self._after_step(window, output)
                         self._between_steps()
                         if self.finished:
@@ -181,8 +185,16 @@ class Trainer:
         context = RunContext(self.run.directory, self.step, self.total_steps, self.steps_per_epoch)
         for logger in self.loggers:
             logger.start(context)
+        self.start_up.mark("checkpoint")
         self._between_steps()  # the evaluation of step 0, or one that a signal cut short
+        self.start_up.mark("evaluation")
         self.clock.start()
+
+    def _tell_start_up(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # once in a process
+        self.start_up.mark("first step")
+        log.info("first step  %s", self.start_up)
 
     def _log_statistics(self, output: StepOutput) -> None:
         seconds, steps = self.clock.lap(), self.step - self._last_logged_step
@@ -194,7 +206,7 @@ class Trainer:
         metrics["train/teacher_half_life_samples"] = half_life_steps(momentum) * self.images_per_step
         metrics["perf/step_time_s"] = seconds / steps
         metrics["perf/images_per_s"] = steps * self.images_per_step / seconds
-        metrics |= self.train_step.timer.lap(steps) | memory_statistics(self.device)
+        metrics |= self.train_step.timer.lap(steps) | memory_statistics(self.device) | self.start_up.metrics()
         self.early_stopping.check(metrics)
         self._log(metrics)
         self.run.update(step=self.step)
