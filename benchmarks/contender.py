@@ -1,0 +1,159 @@
+"""One contender in a process of its own: `python -m benchmarks.contender SPECIFICATION`, started by the harness.
+
+It builds its work, then obeys one line of JSON at a time on standard input and answers each with one on standard
+output: `run` repeats the work and gives the seconds of each repetition, `rest` gives memory back that the allocator
+keeps, `answer` is a number to compare with those of the other contenders, `memory` the peak.
+"""
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import torch
+
+from benchmarks.harness import Unavailable
+from dino import ranks
+from dino.messages import ConfigError
+from dino.processes import Processes
+from dino.runtime import choose_device
+
+MIB = 2**20
+
+
+class Work(Protocol):
+    """What a contender does again and again."""
+
+    def __call__(self) -> Any:
+        """One repetition."""
+
+    def answer(self) -> float | None:
+        """A number that all contenders of a comparison must agree on; None where there is none."""
+
+
+class Process:
+    """The commands; `make` builds the work from `settings`, among them the device."""
+
+    def __init__(self, make: Callable[..., Work], settings: dict[str, Any]) -> None:
+        self.device: torch.device = settings["device"]
+        self._calibrate()  # brings the libraries' own buffers before memory is looked at
+        self.before_mib = self._now_mib()
+        self.work = make(**settings)
+        self.prepared_mib = self._now_mib()
+        _reset_peak(self.device)
+
+    def run(self, count: int, untimed: int) -> dict[str, Any]:
+        """Seconds of `count` repetitions after `untimed` ones, and of a fixed product before and after them."""
+        for _ in range(untimed):
+            self.work()
+        calibration = [self._calibrate()]
+        seconds = []
+        for _ in range(count):
+            started = time.perf_counter()
+            self.work()
+            self._wait()
+            seconds.append(time.perf_counter() - started)
+        calibration.append(self._calibrate())
+        return {"seconds": seconds, "calibration_s": calibration}
+
+    def rest(self) -> dict[str, Any]:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        with contextlib.suppress(OSError, AttributeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        return {}
+
+    def answer(self) -> dict[str, Any]:
+        return {"answer": self.work.answer()}
+
+    def memory(self) -> dict[str, Any]:
+        """[MiB] `process`: the most that the process (on CUDA: its tensors) ever had; `extra`: of that, what the work
+        took beyond its prepared inputs; `resident`: what it has now; `total`: of the device."""
+        peak, on_cuda = _peak_mib(self.device), self.device.type == "cuda"
+        return {
+            "process": peak,
+            "extra": peak - self.prepared_mib,
+            "prepared": self.prepared_mib - self.before_mib,
+            "resident": torch.cuda.memory_reserved(self.device) / MIB if on_cuda else self._now_mib(),
+            "total": (torch.cuda.mem_get_info(self.device)[1] if on_cuda else psutil.virtual_memory().total) / MIB,
+        }
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _calibrate(self) -> float:
+        """Seconds of a product that is always the same: the best of three."""
+        size = 4096 if self.device.type == "cuda" else 768
+        matrix = torch.ones(size, size, device=self.device)
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            torch.mm(matrix, matrix)
+            self._wait()
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    def _now_mib(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device) / MIB
+        return _status_mib("VmRSS")
+
+
+def _peak_mib(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated(device) / MIB if device.type == "cuda" else _status_mib("VmHWM")
+
+
+def _reset_peak(device: torch.device) -> None:
+    """Building may have taken more than working does."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status_mib(name: str) -> float:
+    """A line of /proc/self/status."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def main() -> None:
+    specification = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the work prints is no answer
+
+    def say(message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=answers, flush=True)
+
+    torch.set_num_threads(specification["threads"])
+    device = choose_device(specification["device"], int(os.environ.get("LOCAL_RANK", 0)))
+    module, _, name = specification["make"].partition(":")
+    try:
+        with ranks.process_group(Processes.from_environment(), device):
+            make = getattr(importlib.import_module(module), name)
+            process = Process(make, {**specification["settings"], "device": device})
+            say({"ready": True})
+            for line in sys.stdin:
+                command = json.loads(line)
+                say(getattr(process, command.pop("do"))(**command))
+    except (Unavailable, ConfigError) as reason:  # TODO: only while the switches of `ours` are being made
+        say({"unavailable": str(reason)})
+    except Exception:
+        say({"error": traceback.format_exc()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""Contenders side by side: each in a process of its own, all alive at once, taking turns.
+
+A round lets every contender make one sample, so that a machine that slows down slows all of them. A sample is
+disturbed, and left out where enough others remain, if other processes took more than 5 % of the machine's cores while
+it ran (as /proc/stat counts, what a hypervisor took included), or if a fixed matrix product around it was 1.3 times
+slower than the fastest of the comparison. Ratios are taken within a round.
+"""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_OTHERS = 0.05  # share of all cores
+CLOCK_TICKS_S = 0.03  # by which the kernel's counts may be off: it counts in hundredths of a second
+MAX_SLOWER = 1.3  # of the fixed product
+MIN_CLEAN = 3  # samples; with fewer all are used, and the figure is marked
+NUM_CORES = len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Work to be measured: `make` is `module:function`, called with `settings` and the device."""
+
+    name: str
+    make: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    threads: int = NUM_CORES
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How long to measure."""
+
+    rounds: int = 7
+    seconds: float = 1.0  # a sample repeats the work for about so long
+    warmup: int = 2  # repetitions before the first sample
+    device: str = "auto"
+
+
+class ContenderError(RuntimeError):
+    """A contender failed; the message ends with its traceback."""
+
+
+class Unavailable(Exception):  # noqa: N818  reads as what it is
+    """A contender cannot run here, for the reason given."""
+
+
+class Running:
+    """The process (or the ranks) of one contender."""
+
+    def __init__(self, contender: Contender, device: str) -> None:
+        self.contender = contender
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
+        specification = {
+            "make": contender.make,
+            "settings": contender.settings,
+            "threads": contender.threads,
+            "device": device,
+        }
+        command = [sys.executable, "-m", "benchmarks.contender", json.dumps(specification)]
+        self._processes = [
+            subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+                cwd=ROOT,
+                env=environment,
+            )
+            for environment in _environments(contender)
+        ]
+
+    def wait_until_ready(self) -> None:
+        """Raises `Unavailable`, or `ContenderError` if its work could not be made."""
+        self._answers()
+
+    def ask(self, do: str, **arguments: Any) -> list[dict[str, Any]]:
+        """The answer of every rank."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            process.stdin.flush()
+        return self._answers()
+
+    def sample(self, count: int, untimed: int) -> dict[str, Any]:
+        """Seconds of `count` repetitions, and how much of the machine others took meanwhile."""
+        pids = [process.pid for process in self._processes]
+        machine, own, started = _busy_seconds(), _tree_seconds(pids), time.perf_counter()
+        answer, *_ = self.ask("run", count=count, untimed=untimed)
+        wall = time.perf_counter() - started
+        others = _busy_seconds() - machine - (_tree_seconds(pids) - own) - CLOCK_TICKS_S
+        return answer | {"others": max(0.0, others) / (wall * (os.cpu_count() or 1))}
+
+    def memory(self) -> dict[str, float]:
+        """Of all ranks together [MiB]."""
+        answers = self.ask("memory")
+        return {name: sum(answer[name] for answer in answers) for name in answers[0]}
+
+    def end(self) -> None:
+        for process in self._processes:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.close()
+        for process in self._processes:
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdout.close()  # type: ignore[union-attr]
+        self._errors.close()
+
+    def _answers(self) -> list[dict[str, Any]]:
+        answers = []
+        for process in self._processes:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            answer = json.loads(line) if line else {"error": self._last_words(process)}
+            if "unavailable" in answer:
+                raise Unavailable(answer["unavailable"])
+            if "error" in answer:
+                raise ContenderError(f"{self.contender.name}: {answer['error']}")
+            answers.append(answer)
+        return answers
+
+    def _last_words(self, process: subprocess.Popen[str]) -> str:
+        code = process.wait()
+        self._errors.seek(0)
+        return f"ended with code {code}\n{self._errors.read()[-3000:]}"
+
+
+def compare(
+    name: str,
+    contenders: Sequence[Contender],
+    sampling: Sampling,
+    *,
+    per: float = 1.0,
+    unit: str = "s",
+    memory: str = "process",
+    references: Sequence[str] = ("baseline",),
+    facts: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measures the contenders in turns.
+
+    Args:
+        name: of the comparison, as it stands above its table.
+        per: what one repetition handles, in `unit` per second: 16 images, 3e9 operations; with unit `s` seconds.
+        memory: which peak the table shows, `process` or `extra`; `none` where neither says anything.
+        references: the contenders that the others are compared with.
+        facts: what else belongs to the comparison, kept with it.
+    """
+    started = {contender.name: Running(contender, sampling.device) for contender in contenders}
+    running: dict[str, Running] = {}
+    left_out: dict[str, str] = {}
+    try:
+        for one, process in started.items():
+            try:
+                process.wait_until_ready()
+                running[one] = process
+            except Unavailable as reason:
+                left_out[one] = str(reason)
+        measured = _take_turns(running, sampling)
+    finally:
+        for process in started.values():
+            process.end()
+    figures = summarise(measured, references, min(MIN_CLEAN, sampling.rounds))
+    for contender in contenders:
+        if contender.name in figures:
+            figures[contender.name] |= {"threads": contender.threads, "ranks": contender.ranks}
+    return {
+        "name": name,
+        "per": per,
+        "unit": unit,
+        "memory": memory,
+        "references": [reference for reference in references if reference in figures],
+        "facts": facts or {},
+        "left_out": left_out,
+        "contenders": figures,
+    }
+
+
+def _take_turns(running: dict[str, Running], sampling: Sampling) -> dict[str, dict[str, Any]]:
+    """Of each contender: samples in the order of the rounds, memory and answer."""
+    measured: dict[str, dict[str, Any]] = {}
+    counts, memory = {}, {}
+    for name, process in running.items():
+        seconds = process.sample(max(1, sampling.warmup), untimed=0)["seconds"]
+        counts[name] = max(1, round(sampling.seconds / min(seconds)))
+        memory[name] = process.memory()
+        measured[name] = {"threads": process.contender.threads, "samples": [], **process.ask("answer")[0]}
+        process.ask("rest")
+    cramped = _are_cramped(list(memory.values()))
+    for number in range(sampling.rounds):
+        for name, process in running.items():
+            # Who has given memory back needs a repetition to get it again.
+            untimed = int(cramped or number == 0)
+            measured[name]["samples"].append(process.sample(counts[name], untimed))
+            if cramped:
+                process.ask("rest")
+    for name, process in running.items():
+        measured[name]["memory_mib"] = process.memory()
+    return measured
+
+
+def _are_cramped(memory: list[dict[str, float]]) -> bool:
+    """Whether what all keep between their turns might be too much for the one whose turn it is."""
+    kept = sum(of_one["resident"] for of_one in memory)
+    peak = max((of_one["process"] for of_one in memory), default=0.0)
+    return kept + peak > 0.7 * min((of_one["total"] for of_one in memory), default=0.0)
+
+
+def summarise(
+    measured: dict[str, dict[str, Any]], references: Sequence[str], min_clean: int
+) -> dict[str, dict[str, Any]]:
+    """Median and quartiles of the clean samples, how many times faster than each reference, and the samples."""
+    fastest: dict[int, float] = {}  # seconds of the fixed product by number of threads
+    for of_one in measured.values():
+        quickest = min(min(sample["calibration_s"]) for sample in of_one["samples"])
+        fastest[of_one["threads"]] = min(quickest, fastest.get(of_one["threads"], quickest))
+    rounds: dict[str, list[float]] = {}
+    clean: dict[str, list[bool]] = {}
+    for name, of_one in measured.items():
+        rounds[name] = [statistics.median(sample["seconds"]) for sample in of_one["samples"]]
+        clean[name] = [
+            sample["others"] <= MAX_OTHERS and max(sample["calibration_s"]) <= MAX_SLOWER * fastest[of_one["threads"]]
+            for sample in of_one["samples"]
+        ]
+    figures = {}
+    for name, of_one in measured.items():
+        used, noisy = _clean_or_all(rounds[name], clean[name], min_clean)
+        times_faster = {}
+        for reference in references:
+            if reference in rounds:
+                both = [own and other for own, other in zip(clean[name], clean[reference], strict=True)]
+                times = [other / own for own, other in zip(rounds[name], rounds[reference], strict=True)]
+                ratios, noisy_ratio = _clean_or_all(times, both, min_clean)
+                times_faster[reference] = spread(ratios)
+                noisy = noisy or noisy_ratio
+        figures[name] = {
+            "seconds": spread(used),
+            "times_faster": times_faster,
+            "num_clean": sum(clean[name]),
+            "num_samples": len(rounds[name]),
+            "noisy": noisy,
+            "memory_mib": {key: round(of_one["memory_mib"][key], 1) for key in ("process", "extra", "prepared")},
+            "answer": of_one["answer"],
+            "samples": [
+                {"seconds": round(seconds, 6), "others": round(sample["others"], 4), "clean": is_clean}
+                for seconds, is_clean, sample in zip(rounds[name], clean[name], of_one["samples"], strict=True)
+            ],
+        }
+    return figures
+
+
+def _clean_or_all(values: list[float], clean: list[bool], min_clean: int) -> tuple[list[float], bool]:
+    """The clean values, or all of them where too few are clean; and whether it came to that."""
+    chosen = [value for value, is_clean in zip(values, clean, strict=True) if is_clean]
+    return (chosen, False) if len(chosen) >= min_clean else (values, True)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, first and third quartile."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"median": middle, "low": low, "high": high}
+
+
+def _environments(contender: Contender) -> list[dict[str, str]]:
+    """The environment of each rank."""
+    base = os.environ | {"OMP_NUM_THREADS": str(contender.threads), "LIGHTLY_DID_VERSION_CHECK": "True"}
+    if contender.ranks == 1:
+        return [base]
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    together = {"WORLD_SIZE": str(contender.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [base | together | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(contender.ranks)]
+
+
+def _busy_seconds() -> float:
+    """What all processes of the machine have computed so far, and what a hypervisor gave to others."""
+    times = psutil.cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    guest = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # they are part of user and nice
+    return float(sum(times) - idle - guest)
+
+
+def _tree_seconds(pids: Sequence[int]) -> float:
+    """What these processes, their descendants and this process have computed so far."""
+    seconds = time.process_time()
+    for pid in pids:
+        process = psutil.Process(pid)
+        for member in [process, *process.children(recursive=True)]:
+            try:
+                seconds += sum(member.cpu_times()[:4])
+            except psutil.NoSuchProcess:  # ended just now; its parent counts it
+                continue
+    return seconds

@@ -1,0 +1,117 @@
+"""The prototypes layer (256 features to 65,536 logits, weight-normed) with the loss, forward and backward.
+
+Memory is what it takes beyond features, weights and center; the gradients of weights and features are among it.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import baseline
+from benchmarks.harness import Contender, compare
+from benchmarks.loss import NUM_VIEWS, LightlyLoss, OurLoss, PlainLoss
+from benchmarks.options import Options
+from dino.model import WeightNormLinear
+from dino.runtime import Precision
+
+BOTTLENECK_DIM = 256
+
+
+def measure(options: Options) -> list[dict[str, Any]]:
+    out_dim, batch = (256, 2) if options.quick else (65536, 64)
+    kinds: list[tuple[str, str, dict[str, str]]] = [
+        ("baseline", "plain", {}),
+        ("lightly", "lightly", {}),
+        ("ours fused", "ours", {"implementation": "fused"}),
+        ("ours sliced", "ours", {"implementation": "sliced"}),
+    ]
+    return [
+        compare(
+            f"{out_dim:,} prototypes, {NUM_VIEWS} views, batch {batch}, {precision}",
+            [
+                Contender(
+                    name,
+                    f"benchmarks.head_loss:{make}",
+                    {"out_dim": out_dim, "batch": batch, "precision": precision, **settings},
+                )
+                for name, make, settings in kinds
+            ],
+            options.sampling(rounds=9),
+            memory="extra",
+            facts={"student_logits_mib": NUM_VIEWS * batch * out_dim * (4 if precision == "fp32" else 2) / 2**20},
+        )
+        for precision in ("fp32", "bf16")
+    ]
+
+
+class HeadLossWork:
+    """One forward and backward pass through `layer`; the answer is the first loss."""
+
+    def __init__(
+        self,
+        loss: Any,
+        make_layer: Callable[[], nn.Module],
+        batch: int,
+        precision: str,
+        device: torch.device,
+        *,
+        loss_in_autocast: bool,
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.loss, self.autocast = loss, Precision(precision, device).autocast
+        self.autocast_of_loss = self.autocast if loss_in_autocast else contextlib.nullcontext
+        rows = torch.randn((NUM_VIEWS + 2) * batch, BOTTLENECK_DIM, generator=generator)
+        rows = F.normalize(rows, dim=-1).to(device)
+        self.student, self.teacher = rows[: NUM_VIEWS * batch].requires_grad_(), rows[NUM_VIEWS * batch :]
+        self.layer, self.teacher_layer = make_layer().to(device), make_layer().to(device)
+        weight = torch.randn(self.layer.weight_v.shape, generator=generator)
+        for layer in (self.layer, self.teacher_layer):
+            layer.weight_v.data.copy_(weight)
+        self.teacher_layer.requires_grad_(False)
+        self.first: Tensor | None = None
+
+    def __call__(self) -> None:
+        self.layer.weight_v.grad = self.student.grad = None
+        with self.autocast():
+            with torch.no_grad():
+                teacher = self.teacher_layer(self.teacher)
+            student = self.layer(self.student)
+        with self.autocast_of_loss():
+            loss = self.loss(student, teacher)
+        loss.backward()
+        self.loss.update()
+        if self.first is None:
+            self.first = loss.detach()
+
+    def answer(self) -> float:
+        assert self.first is not None
+        return float(self.first)
+
+
+def plain(device: torch.device, out_dim: int, batch: int, precision: str) -> HeadLossWork:
+    return _as_users_do(PlainLoss(out_dim, device), out_dim, batch, precision, device)
+
+
+def lightly(device: torch.device, out_dim: int, batch: int, precision: str) -> HeadLossWork:
+    return _as_users_do(LightlyLoss(out_dim, batch, device), out_dim, batch, precision, device)
+
+
+def ours(device: torch.device, out_dim: int, batch: int, precision: str, implementation: str) -> HeadLossWork:
+    def make_layer() -> nn.Module:
+        return WeightNormLinear(BOTTLENECK_DIM, out_dim, learn_gain=False)
+
+    loss = OurLoss(out_dim, implementation, device)
+    return HeadLossWork(loss, make_layer, batch, precision, device, loss_in_autocast=False)
+
+
+def _as_users_do(loss: Any, out_dim: int, batch: int, precision: str, device: torch.device) -> HeadLossWork:
+    """torch's weight norm, and autocast around the loss too."""
+
+    def make_layer() -> nn.Module:
+        return baseline.prototypes_layer(BOTTLENECK_DIM, out_dim)
+
+    return HeadLossWork(loss, make_layer, batch, precision, device, loss_in_autocast=True)

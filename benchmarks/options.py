@@ -1,0 +1,36 @@
+"""What the command line of `run.py` settles for every benchmark."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.harness import Sampling
+
+QUICK = Sampling(rounds=2, seconds=0.02, warmup=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How long and on what to measure.
+
+    Args:
+        quick: tiny sizes and two rounds: whether everything runs, not how fast it is.
+        rounds: of every comparison; None: as each benchmark has it.
+        device: auto, cpu or cuda.
+        images: folder of photographs for the views; None: made up.
+        data: folder that holds Fashion-MNIST.
+        epochs: of the training that is timed up to an accuracy.
+    """
+
+    quick: bool = False
+    rounds: int | None = None
+    device: str = "auto"
+    images: Path | None = None
+    data: Path = Path("data")
+    epochs: int = 4
+
+    def sampling(self, *, rounds: int = 7, seconds: float = 1.0, device: str | None = None) -> Sampling:
+        """Of a comparison that wants `rounds` samples of about `seconds`."""
+        device = self.device if device is None else device
+        if self.quick:
+            return Sampling(QUICK.rounds, QUICK.seconds, QUICK.warmup, device)
+        return Sampling(self.rounds or rounds, seconds, device=device)
