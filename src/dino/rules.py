@@ -104,6 +104,7 @@ RULES: dict[str, Rule] = {
     "dataset.*_size": AT_LEAST_1,
     "dataset.evaluation_resize": AT_LEAST_1,
     "dataset.max_bad_fraction": FRACTION,
+    "dataset.scaled_decoding": FLAG,
     "dataset.val_fraction": Rule(kind=float, low=0, high=0.9),
     "augmentation.*_size": AT_LEAST_1,
     "augmentation.num_local_views": AT_LEAST_0,

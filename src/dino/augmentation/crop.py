@@ -69,6 +69,17 @@ def _central_size(heights: Ints, widths: Ints, ratio: Sequence[float]) -> tuple[
     return np.maximum(h, 1), np.maximum(w, 1)
 
 
+def scale_boxes(boxes: Ints, sizes: Ints, scaled: Ints) -> Ints:
+    """Boxes [V, B, 4] in images of `sizes` [B, 2] (height, width), moved to the same images of the sizes `scaled`.
+
+    Their edges are rounded to whole pixels of these; at least one pixel is left.
+    """
+    ratio = scaled / sizes
+    first = np.minimum(np.rint(boxes[..., :2] * ratio).astype(np.int64), scaled - 1)
+    last = np.rint((boxes[..., :2] + boxes[..., 2:]) * ratio).astype(np.int64)
+    return np.concatenate([first, np.maximum(last - first, 1)], axis=-1)
+
+
 def crop(
     images: Tensor | Sequence[Tensor], boxes: Ints, flips: Bools, size: int, interpolation: Interpolation = "bicubic"
 ) -> Tensor:

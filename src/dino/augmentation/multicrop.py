@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dino.augmentation import draws, validation
-from dino.augmentation.crop import Interpolation, crop, random_boxes
+from dino.augmentation.crop import Interpolation, crop, random_boxes, scale_boxes
 from dino.augmentation.photometric import JitterForm, PhotometricSettings, apply_photometric
 from dino.augmentation.randomness import uniforms
 from dino.augmentation.views import JITTER_ORDERS, PhotometricParameters, ViewBatch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dino.dataset.source import Source
 
 NUM_GLOBAL_VIEWS: Final = 2
+REDUCTIONS: Final = (1, 2, 4, 8)  # of an image that is decoded smaller; what JPEG decoders can do
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -118,6 +119,7 @@ class MultiCrop:
         *,
         labels: Tensor | None = None,
         bad: tuple[int, ...] = (),
+        sizes: Ints | None = None,
     ) -> ViewBatch:
         """The views of images that are already read.
 
@@ -126,6 +128,7 @@ class MultiCrop:
             indices: [B] sample indices, which decide the random numbers.
             labels: [B] int64, handed through.
             bad: indices of samples whose image is another's, handed through.
+            sizes: [B, 2] height and width before the images were read smaller (`reduction`); None: they were not.
 
         Returns:
             uint8 views with their photometric parameters.
@@ -142,8 +145,11 @@ class MultiCrop:
             raise ValueError(
                 f"augmentation.channels is {self.channels}, but the images have {found}; set dataset.channels"
             )
-        heights, widths = np.array([shape[-2:] for shape in shapes], dtype=np.int64).T
+        read = np.array([shape[-2:] for shape in shapes], dtype=np.int64)
+        heights, widths = (read if sizes is None else sizes).T
         boxes, flips, parameters = self.draw(indices, heights, widths, seed=seed, epoch=epoch)
+        if sizes is not None:
+            boxes = scale_boxes(boxes, sizes, read)
         views = [
             crop(images, boxes[which], flips[which], size, self.interpolation)
             for which, size in (
@@ -169,17 +175,36 @@ class MultiCrop:
         Returns:
             boxes [V, B, 4] (top, left, height, width), flips [V, B], and the photometric parameters, each [V, B].
         """
-        num_images, num_views = len(indices), self.num_views
-        view = np.repeat(np.arange(num_views), num_images)
-        flat = uniforms(seed, epoch, np.tile(indices, num_views), view, draws.NUM_DRAWS)
-        u = flat.reshape(num_views, num_images, draws.NUM_DRAWS)
-        boxes = np.concatenate(
-            [
-                random_boxes(u[:NUM_GLOBAL_VIEWS], heights, widths, self.global_scale, self.ratio),
-                random_boxes(u[NUM_GLOBAL_VIEWS:], heights, widths, self.local_scale, self.ratio),
-            ]
-        )
-        return boxes, draws.chance(u, draws.FLIP, self.flip_probability), self._draw_photometric(u)
+        u = self._uniforms(indices, seed, epoch)
+        flips = draws.chance(u, draws.FLIP, self.flip_probability)
+        return self._draw_boxes(u, heights, widths), flips, self._draw_photometric(u)
+
+    def reduction(self, index: int, size: tuple[int, int], *, seed: int, epoch: int) -> int:
+        """How many times smaller the image of a sample may be decoded: 1, 2, 4 or 8.
+
+        It is the largest at which every box drawn for the sample is as large as its view, but for the rounding of its
+        edges: no view is enlarged that would not be enlarged from the whole image.
+
+        Args:
+            size: height and width of the image.
+        """
+        u = self._uniforms(np.array([index]), seed, epoch)
+        boxes = self._draw_boxes(u, np.array([size[0]]), np.array([size[1]]))[:, 0]  # [V, 4]
+        sizes = np.array([self.global_size] * NUM_GLOBAL_VIEWS + [self.local_size] * self.num_local_views)
+        room = (boxes[:, 2:].min(axis=1) / sizes).min()
+        return max((reduction for reduction in REDUCTIONS if reduction <= room), default=1)
+
+    def _uniforms(self, indices: Ints, seed: int, epoch: int) -> draws.Floats:
+        """[V, B, NUM_DRAWS]."""
+        view = np.repeat(np.arange(self.num_views), len(indices))
+        flat = uniforms(seed, epoch, np.tile(indices, self.num_views), view, draws.NUM_DRAWS)
+        return flat.reshape(self.num_views, len(indices), draws.NUM_DRAWS)
+
+    def _draw_boxes(self, u: draws.Floats, heights: Ints, widths: Ints) -> Ints:
+        """[V, B, 4] from u [V, B, NUM_DRAWS]."""
+        in_global = random_boxes(u[:NUM_GLOBAL_VIEWS], heights, widths, self.global_scale, self.ratio)
+        in_local = random_boxes(u[NUM_GLOBAL_VIEWS:], heights, widths, self.local_scale, self.ratio)
+        return np.concatenate([in_global, in_local])
 
     def colour(self, batch: ViewBatch) -> ViewBatch:
         """Applies the batch's parameters on the host, rounding to uint8: the part of `photometric` that workers do."""

@@ -41,6 +41,7 @@ class ImageDataset(ABC):
         batch_size: images per process and forward pass.
         num_workers: loader processes; 0 loads in the main process.
         max_bad_fraction: share of the training images that may turn out to be unreadable before the run stops.
+        scaled_decoding: training reads JPEG files 2, 4 or 8 times smaller where the crops drawn from them allow it.
 
     Raises:
         ValueError: a setting that cannot be right.
@@ -57,6 +58,7 @@ class ImageDataset(ABC):
     batch_size: int
     num_workers: int
     max_bad_fraction: float = 0.0
+    scaled_decoding: bool = False
     _splits: Splits | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

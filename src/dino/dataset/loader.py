@@ -59,6 +59,7 @@ class TrainLoader:
         self._sampler = ShuffledSampler(len(self._source), dataset.batch_size, seed, rank, world_size)
         self._augmentation = augmentation
         self._num_workers = dataset.num_workers
+        self._scaled_decoding = dataset.scaled_decoding
         self._max_bad_fraction = dataset.max_bad_fraction
         self._pin_memory = pin_memory
         self.bad_images: dict[int, str] = {}
@@ -80,7 +81,13 @@ class TrainLoader:
             ValueError: more than `dataset.max_bad_fraction` of the images turned out to be unreadable.
         """
         reader = _ViewReader(
-            self._source, self._augmentation, self._sampler.seed, epoch, self._max_bad, packed=self._num_workers > 0
+            self._source,
+            self._augmentation,
+            self._sampler.seed,
+            epoch,
+            self._max_bad,
+            scaled=self._scaled_decoding,
+            packed=self._num_workers > 0,
         )
         batches = list(self._sampler.batches(epoch, first_batch))
         for made in iterate(reader, batches, num_workers=self._num_workers, pin_memory=self._pin_memory):
@@ -194,44 +201,68 @@ class _ViewReader(BatchReader[_Made]):
     """
 
     def __init__(
-        self, source: Source, augmentation: MultiCrop, seed: int, epoch: int, max_bad: float, *, packed: bool
+        self,
+        source: Source,
+        augmentation: MultiCrop,
+        seed: int,
+        epoch: int,
+        max_bad: float,
+        *,
+        scaled: bool,
+        packed: bool,
     ) -> None:
         self.source = source
         self.augmentation = augmentation
         self.seed = seed
         self.epoch = epoch
         self.max_bad = max_bad
+        self.scaled = scaled
         self.packed = packed
 
     def __getitem__(self, indices: NDArray[np.int64]) -> _Made:
         bad: dict[int, str] = {}
         images: Tensor | list[Tensor]
+        sizes: NDArray[np.int64] | None = None
         if self.source.images is not None:
             images = self.source.images[torch.from_numpy(indices)]
         else:
-            found = self._read(indices, bad)
+            found = self._read_all(indices, bad)
             if found is None:
                 return _Made(None, bad)
-            images, indices = found
+            images, indices, sizes = found
         labels = None if self.source.labels is None else torch.from_numpy(self.source.labels[indices])
-        views = self.augmentation.views(images, indices, self.seed, self.epoch, labels=labels, bad=tuple(bad))
+        views = self.augmentation.views(
+            images, indices, self.seed, self.epoch, labels=labels, bad=tuple(bad), sizes=sizes
+        )
         if self.augmentation.photometric_device == "cpu":
             views = self.augmentation.colour(views)
         return _Made(_PackedViews.pack(views) if self.packed else views, bad)
 
-    def _read(self, indices: NDArray[np.int64], bad: dict[int, str]) -> tuple[list[Tensor], NDArray[np.int64]] | None:
-        """Images and their indices, with replacements; None once this batch alone has too many bad ones."""
-        images, shown = [], []
+    def _read_all(
+        self, indices: NDArray[np.int64], bad: dict[int, str]
+    ) -> tuple[list[Tensor], NDArray[np.int64], NDArray[np.int64]] | None:
+        """Images, their indices and whole sizes [B, 2], with replacements; None once this batch has too many bad."""
+        images, shown, sizes = [], [], []
         for wanted in indices.tolist():
             index = wanted
             while True:
                 try:
-                    images.append(self.source.read(index))
+                    image, size = self._read(index)
                     break
                 except UnreadableImage as error:
                     bad[index] = error.cause
                 if len(bad) > self.max_bad or len(bad) == len(self.source):
                     return None
                 index = (index + 1) % len(self.source)
+            images.append(image)
             shown.append(index)
-        return images, np.array(shown, dtype=np.int64)
+            sizes.append(size)
+        return images, np.array(shown, dtype=np.int64), np.array(sizes, dtype=np.int64)
+
+    def _read(self, index: int) -> tuple[Tensor, tuple[int, int]]:
+        """One image, as small as its crops allow if that is asked for, and the size of the whole."""
+        if not self.scaled:
+            image = self.source.read(index)
+            return image, (image.shape[-2], image.shape[-1])
+        size = self.source.size(index)
+        return self.source.read(index, self.augmentation.reduction(index, size, seed=self.seed, epoch=self.epoch)), size

@@ -3,8 +3,10 @@
 Shape legend: N images, C channels, H x W pixels.
 """
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from dino.dataset.decode import ChannelMismatch, convert_channels, decode, stored_mode
+from dino.dataset.decode import ChannelMismatch, convert_channels, decode, image_size, stored_mode
 
 Labels = NDArray[np.int64]
 
@@ -52,8 +54,15 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """The path of an image, or a name like `digits[12]`."""
 
-    def read(self, index: int) -> Tensor:
-        """uint8 [C, H, W].
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width, known without decoding [pixels].
+
+        Raises:
+            UnreadableImage: as `read`.
+        """
+
+    def read(self, index: int, reduction: int = 1) -> Tensor:
+        """uint8 [C, H, W]; H and W may be `reduction` (1, 2, 4 or 8) times smaller where that is cheaper to decode.
 
         Raises:
             UnreadableImage: the image is missing, broken or of a kind that is not understood.
@@ -89,7 +98,10 @@ class StackedSource:
     def name(self, index: int) -> str:
         return f"{self.prefix}[{index}]"
 
-    def read(self, index: int) -> Tensor:
+    def size(self, index: int) -> tuple[int, int]:
+        return self.images.shape[-2], self.images.shape[-1]
+
+    def read(self, index: int, reduction: int = 1) -> Tensor:
         return self.images[index]
 
     def mode(self, index: int) -> str:
@@ -133,20 +145,13 @@ class FileSource:
     def name(self, index: int) -> str:
         return str(self.path(index))
 
-    def read(self, index: int) -> Tensor:
-        path = self.path(index)
-        try:
-            return decode(path, self._channels)
-        except MemoryError:
-            raise
-        except ChannelMismatch as error:
-            raise UnreadableImage(str(path), str(error)) from error
-        except FileNotFoundError as error:
-            raise UnreadableImage(str(path), "the file does not exist") from error
-        except UnidentifiedImageError as error:
-            raise UnreadableImage(str(path), "PIL does not know its format, or its first bytes are broken") from error
-        except Exception as error:  # PIL's plugins raise nearly any type on a broken file
-            raise UnreadableImage(str(path), f"{error}" or type(error).__name__) from error
+    def size(self, index: int) -> tuple[int, int]:
+        with _naming(self.path(index)):
+            return image_size(self.path(index))
+
+    def read(self, index: int, reduction: int = 1) -> Tensor:
+        with _naming(self.path(index)):
+            return decode(self.path(index), self._channels, reduction)
 
     def mode(self, index: int) -> str:
         return stored_mode(self.path(index))
@@ -174,14 +179,34 @@ class SubsetSource:
     def name(self, index: int) -> str:
         return self._source.name(int(self._indices[index]))
 
-    def read(self, index: int) -> Tensor:
-        return self._source.read(int(self._indices[index]))
+    def size(self, index: int) -> tuple[int, int]:
+        return self._source.size(int(self._indices[index]))
+
+    def read(self, index: int, reduction: int = 1) -> Tensor:
+        return self._source.read(int(self._indices[index]), reduction)
 
     def mode(self, index: int) -> str:
         return self._source.mode(int(self._indices[index]))
 
     def fingerprint(self) -> str:
         return _digest(self._source.fingerprint().encode(), self._indices.tobytes())
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with the file becomes an UnreadableImage that says which it is, and why."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except ChannelMismatch as error:
+        raise UnreadableImage(str(path), str(error)) from error
+    except FileNotFoundError as error:
+        raise UnreadableImage(str(path), "the file does not exist") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(str(path), "PIL does not know its format, or its first bytes are broken") from error
+    except Exception as error:  # PIL's plugins raise nearly any type on a broken file
+        raise UnreadableImage(str(path), f"{error}" or type(error).__name__) from error
 
 
 def stacked(images: Tensor, labels: Labels | None, prefix: str, channels: int) -> StackedSource:
