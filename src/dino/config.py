@@ -41,6 +41,7 @@ UNRELATED_TO_RESULTS = (
     "dataset.download",
     "dataset.num_workers",
     "augmentation.photometric_device",
+    "loss.implementation",
     "trainer.device",
     "trainer.max_steps",
     "trainer.limit_evaluation_samples",

@@ -142,6 +142,7 @@ RULES: dict[str, Rule] = {
     "loss.weighting": one_of("pairs", "balanced", "adaptive"),
     "loss.local_weight": NOT_NEGATIVE,
     "loss.koleo_weight": NOT_NEGATIVE,
+    "loss.implementation": one_of("auto", "plain", "fused", "sliced"),
     "loss.centering.momentum": FRACTION,
     "loss.centering.num_iterations": AT_LEAST_1,
     "ema.momentum": FRACTION,

@@ -91,8 +91,9 @@ def test_statistics_and_terms_are_those_of_slow_numpy(subject: Subject) -> None:
     """Student and teacher once more, in loops over pairs and images."""
     subject.model.eval()  # no drop path, so that a second pass gives the same
     with torch.no_grad():
-        student, features = subject.model.student_forward(subject.views.global_views, subject.views.local_views)
-        teacher = subject.model.teacher_forward(subject.views.global_views)
+        projection, features = subject.model.student_forward(subject.views.global_views, subject.views.local_views)
+        student = projection.logits()
+        teacher = subject.model.teacher_forward(subject.views.global_views).logits()
     found = inspect_loss(subject)
 
     def softmax(rows: np.ndarray) -> np.ndarray:
@@ -140,8 +141,13 @@ def test_statistics_and_terms_are_those_of_slow_numpy(subject: Subject) -> None:
 
 
 def test_a_wrong_loss_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    right = DINOLoss._cross_entropy
-    monkeypatch.setattr(DINOLoss, "_cross_entropy", lambda *arguments: 1.01 * right(*arguments))
+    right = DINOLoss._cross_entropies
+
+    def wrong_by_a_hundredth(*arguments: Any) -> tuple[Any, Any]:
+        losses, teacher_sum = right(*arguments)
+        return 1.01 * losses, teacher_sum
+
+    monkeypatch.setattr(DINOLoss, "_cross_entropies", wrong_by_a_hundredth)
     exit_code, stdout, _ = run(*SMALL, cwd=tmp_path)
     assert exit_code == 1
     assert "WRONG       global term equals the step-by-step one" in stdout

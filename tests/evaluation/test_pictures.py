@@ -132,14 +132,14 @@ def test_the_distributions_are_those_of_the_fixed_views(make_inputs: MakeInputs)
         inputs.augmentation(inputs.dataset.evaluation()[1], spread_indices(360, 9), seed=5, epoch=0)
     )
     with torch.no_grad(), evaluation_mode(inputs.model):
-        logits = inputs.model.teacher_forward(views.global_views).double().numpy()
+        logits = inputs.model.teacher_forward(views.global_views).logits().double().numpy()
         student, _ = inputs.model.student_forward(views.global_views, views.local_views)
     scores = (logits - np.linspace(-0.1, 0.1, 32)) / 0.05
     probabilities = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
     entropies = -(probabilities * np.log(probabilities)).sum(axis=1)
     assert found["teacher"]["entropy"]["counts"] == np.histogram(entropies, 40, (0, np.log(32)))[0].tolist()
     assert found["teacher"]["concentration"]["mass"][0] == pytest.approx(probabilities.max(axis=1).mean(), rel=1e-4)
-    scores = student.double().numpy() / 0.1
+    scores = student.logits().detach().double().numpy() / 0.1
     probabilities = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
     assert found["student"]["concentration"]["mass"][0] == pytest.approx(probabilities.max(axis=1).mean(), rel=1e-4)
     assert sum(found["student"]["entropy"]["counts"]) == 9 * 5  # 2 global and 3 local views

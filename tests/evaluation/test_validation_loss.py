@@ -73,7 +73,7 @@ def test_nothing_of_the_run_is_changed(make_inputs: MakeInputs, weighting: str) 
     inputs = make_inputs(loss=loss)
     teacher_logits = torch.randn(4, 32)
     terms = loss(torch.randn(8, 32, requires_grad=True), teacher_logits, 2, 0.05, torch.randn(8, 16))
-    loss.observe(teacher_logits, terms)  # as in the middle of an accumulated step
+    loss.observe(terms)  # as in the middle of an accumulated step
     inputs.model.teacher.head.eval()
     modes = [part.training for part in [*inputs.model.modules(), *loss.modules()]]
     state = copy.deepcopy(inputs.model.state_dict() | loss.state_dict())

@@ -39,7 +39,7 @@ def test_balanced_does_not_depend_on_the_number_of_pairs() -> None:
 def test_without_local_views_the_total_is_the_global_term(weighting: Any) -> None:
     loss = make_loss(weighting=weighting)
     terms = terms_of(loss, num_local=0)
-    loss.observe(torch.randn(6, 8, dtype=torch.float64), terms)
+    loss.observe(terms)
     loss.update(progress=0.5)
     assert terms.total == terms.global_term
     assert terms.local_term is None

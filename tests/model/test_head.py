@@ -20,7 +20,7 @@ def test_logits_equal_the_original(reference: Any) -> None:
     head.load_state_dict(state, strict=True)
     assert list(head.state_dict()) == list(state)
     for view in ("native", "local", "rect", "double"):
-        logits = head(torch.from_numpy(data[f"cls/{view}"])).detach().numpy()
+        logits = head(torch.from_numpy(data[f"cls/{view}"])).logits().detach().numpy()
         np.testing.assert_allclose(logits, data[f"head/{view}"], rtol=1e-9, atol=1e-13, err_msg=view)
 
 
@@ -33,9 +33,9 @@ def test_prototypes_equal_the_weight_norm_of_torch_in_value_and_gradient() -> No
     nn.init.uniform_(ours.weight_g, 0.5, 2.0)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     rows, target = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 9, dtype=torch.float64)
-    for layer in (ours, theirs):
-        (layer(rows) * target).sum().backward()
-    torch.testing.assert_close(ours(rows), theirs(rows), rtol=1e-12, atol=0)
+    for logits in (ours(rows).logits(), theirs(rows)):
+        (logits * target).sum().backward()
+    torch.testing.assert_close(ours(rows).logits(), theirs(rows), rtol=1e-12, atol=0)
     for name in ("weight_g", "weight_v"):
         gradient, expected = (getattr(layer, name).grad for layer in (ours, theirs))
         torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-14)
@@ -45,12 +45,12 @@ def test_a_copy_of_the_head_is_independent() -> None:
     head = DINOHead(in_dim=4, out_dim=6, hidden_dim=5, bottleneck_dim=3)
     features = torch.randn(2, 4)
     copied = copy.deepcopy(head)
-    before = head(features)
+    before = head(features).logits()
     before.sum().backward()
     with torch.no_grad():
         copied.last_layer.weight_v.neg_()
-    assert torch.equal(head(features), before)
-    torch.testing.assert_close(copied(features), -before)
+    assert torch.equal(head(features).logits(), before)
+    torch.testing.assert_close(copied(features).logits(), -before)
 
 
 @pytest.mark.parametrize("norm_last_layer", [True, False])
@@ -90,7 +90,7 @@ def test_initialisation_has_the_distribution_of_the_original() -> None:
 def test_logits_are_cosines_while_the_gain_is_one() -> None:
     head = DINOHead(in_dim=8, out_dim=50, hidden_dim=16, bottleneck_dim=4)
     nn.init.normal_(head.last_layer.weight_v, std=3.0)
-    logits = head(torch.randn(40, 8) * 100)
+    logits = head(torch.randn(40, 8) * 100).logits()
     assert 0.9 < logits.abs().max() <= 1 + 1e-6
 
 
@@ -108,7 +108,7 @@ def test_logits_are_cosines_while_the_gain_is_one() -> None:
 def test_names_of_other_heads_are_those_of_the_original(settings: dict[str, Any], names: list[str]) -> None:
     head = DINOHead(in_dim=4, out_dim=6, hidden_dim=5, bottleneck_dim=3, **settings)
     assert [name for name, _ in head.mlp.named_parameters(prefix="mlp")] == names
-    assert head(torch.randn(3, 4)).shape == (3, 6)
+    assert head(torch.randn(3, 4)).logits().shape == (3, 6)
 
 
 def test_batch_norm_normalises_before_the_activation() -> None:

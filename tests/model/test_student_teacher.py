@@ -36,10 +36,11 @@ def make_views(batch: int = 3) -> tuple[Tensor, Tensor]:
 def test_rows_are_view_major() -> None:
     student = make_student()
     global_views, local_views = make_views()
-    logits, features = student(global_views, local_views)
+    projection, features = student(global_views, local_views)
+    logits = projection.logits()
     expected = torch.cat([student.backbone(view) for views in (global_views, local_views) for view in views])
     torch.testing.assert_close(features, expected)
-    torch.testing.assert_close(logits, student.head(expected))
+    torch.testing.assert_close(logits, student.head(expected).logits())
     assert logits.shape == (6 * 3, 12)
 
 
@@ -48,14 +49,14 @@ def test_without_local_views() -> None:
     global_views, local_views = make_views()
     both, _ = student(global_views, local_views)
     only, _ = student(global_views, None)
-    torch.testing.assert_close(only, both[: 2 * 3])
+    torch.testing.assert_close(only.rows, both.rows[: 2 * 3])
 
 
 def test_one_backbone_pass_per_resolution_and_one_head_pass() -> None:
     student = make_student()
     batches: dict[str, list[tuple[int, ...]]] = {"backbone": [], "head": []}
     for name, seen in batches.items():
-        getattr(student, name).register_forward_pre_hook(lambda _, x, seen=seen: seen.append(tuple(x[0].shape)))
+        getattr(student, name).register_forward_pre_hook(lambda _, x, seen=seen: seen.extend(tuple(y.shape) for y in x))
     student(*make_views())
     assert batches == {"backbone": [(6, 3, 16, 16), (12, 3, 8, 8)], "head": [(18, 16)]}
     student(torch.randn(2, 3, 3, 16, 16), torch.randn(4, 3, 3, 16, 16))
@@ -85,8 +86,8 @@ def test_a_head_for_other_features_is_refused() -> None:
 def test_the_teacher_starts_as_the_student_and_never_gets_gradients() -> None:
     model = StudentTeacher(make_student())
     global_views, local_views = make_views()
-    logits, features = model.student_forward(global_views, local_views)
-    teacher_logits = model.teacher_forward(global_views)
+    projection, features = model.student_forward(global_views, local_views)
+    logits, teacher_logits = projection.logits(), model.teacher_forward(global_views).logits()
     assert torch.equal(teacher_logits, logits[: 2 * 3])
     assert not teacher_logits.requires_grad
     assert features.requires_grad
@@ -117,8 +118,8 @@ def test_only_the_student_drops_paths(make: Callable[[], Backbone]) -> None:
     assert {getattr(module, attribute) for _, module, attribute in stochastic_modules(model.teacher)} == {0.0}
     model.check_wiring()
     views = torch.randn(2, 8, 3, 32, 32)
-    assert torch.equal(model.teacher_forward(views), model.teacher_forward(views))
-    assert not torch.equal(model.student_forward(views, None)[0], model.student_forward(views, None)[0])
+    assert torch.equal(model.teacher_forward(views).rows, model.teacher_forward(views).rows)
+    assert not torch.equal(model.student_forward(views, None)[0].rows, model.student_forward(views, None)[0].rows)
 
 
 def share_a_parameter(model: StudentTeacher) -> None:

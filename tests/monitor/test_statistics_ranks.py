@@ -10,14 +10,14 @@ from torch import Tensor
 
 from dino import ranks
 from dino.loss import DINOLoss, EMACentering, LossTerms
-from dino.monitor import Statistics
+from dino.monitor import OutputStatistics, Statistics
 
 RunRanks = Callable[..., list[Any]]
 
 
 @dataclass
 class Figures:
-    student_logits: Tensor
+    outputs: OutputStatistics
     terms: LossTerms
     grad_norm: Tensor
     grad_norms: Tensor
@@ -32,7 +32,8 @@ def compute(student: Tensor, teacher: Tensor) -> dict[str, float]:
     network = torch.nn.Linear(2, 2, bias=False).double()
     network.weight.grad = torch.ones(2, 2, dtype=torch.float64)
     norm = torch.tensor(1.5, dtype=torch.float64)
-    figures = Figures(rows, loss(rows, teacher_rows, 2, 0.05), norm, norm[None], ["weight"])
+    outputs = OutputStatistics.of(student, loss.centering.targets(teacher_rows, 0.05), loss.student_temp)
+    figures = Figures(outputs, loss(rows, teacher_rows, 2, 0.05), norm, norm[None], ["weight"])
     return Statistics().compute(0, figures, loss, network)
 
 

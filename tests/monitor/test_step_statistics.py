@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dino.loss import DINOLoss, EMACentering, LossTerms, SinkhornKnopp
 from dino.loss.weighting import WeightingName
-from dino.monitor import Statistics, distribution_statistics
+from dino.monitor import OutputStatistics, Statistics, distribution_statistics
 from dino.monitor.statistics import prototypes_of_batch
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.05
@@ -20,7 +20,7 @@ STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.05
 
 @dataclass
 class Figures:
-    student_logits: Tensor
+    outputs: OutputStatistics
     terms: LossTerms
     grad_norm: Tensor
     grad_norms: Tensor
@@ -40,8 +40,13 @@ def random_logits(views: int, batch: int, prototypes: int, seed: int, dtype: tor
 def figures_of(loss: DINOLoss, num_views: int = 6, dtype: torch.dtype = torch.float64) -> Figures:
     student, teacher = random_logits(num_views, 3, 16, 0, dtype), random_logits(2, 3, 16, 1, dtype)
     student.requires_grad_()
-    terms = loss(student, teacher, 2, TEACHER_TEMP)
-    return Figures(student.detach(), terms, *GRADIENTS)
+    return Figures(outputs_of(loss, student, teacher), loss(student, teacher, 2, TEACHER_TEMP), *GRADIENTS)
+
+
+def outputs_of(loss: DINOLoss, student: Tensor, teacher: Tensor) -> OutputStatistics:
+    """Of student [V*B, K] and teacher [2*B, K] logits."""
+    targets = loss.centering.targets(teacher, TEACHER_TEMP)
+    return OutputStatistics.of(student.detach().chunk(2 * len(student) // len(teacher)), targets, loss.student_temp)
 
 
 def make_loss(center: float = 0.2) -> DINOLoss:
@@ -51,7 +56,8 @@ def make_loss(center: float = 0.2) -> DINOLoss:
 
 
 def numbers(student: Tensor, teacher: Tensor, temp: float = 1.0) -> dict[str, float]:
-    return {name: value.item() for name, value in distribution_statistics(student, teacher, temp, 2).items()}
+    views = student.chunk(2 * len(student) // len(teacher))
+    return {name: value.item() for name, value in distribution_statistics(views, teacher, temp, 2).items()}
 
 
 def one_hot(rows: list[int], prototypes: int) -> Tensor:
@@ -72,7 +78,8 @@ def test_the_loss_is_teacher_entropy_plus_kl(num_views: int) -> None:
 def test_the_split_holds_to_a_millionth_in_float32() -> None:
     loss = DINOLoss(EMACentering(out_dim=16), student_temp=STUDENT_TEMP, koleo_weight=0.1)
     student, teacher = random_logits(4, 3, 16, 0, torch.float32), random_logits(2, 3, 16, 1, torch.float32)
-    figures = Figures(student, loss(student, teacher, 2, TEACHER_TEMP, torch.randn(12, 5)), *GRADIENTS)
+    terms = loss(student, teacher, 2, TEACHER_TEMP, torch.randn(12, 5))
+    figures = Figures(outputs_of(loss, student, teacher), terms, *GRADIENTS)
     found = Statistics().compute(0, figures, loss, STUDENT)
     total = found["train/entropy_teacher"] + found["train/kl_teacher_student"]
     assert found["train/cross_entropy"] == pytest.approx(total, abs=1e-6)
@@ -198,7 +205,7 @@ def test_the_koleo_term_is_shown_where_it_is_used() -> None:
     loss = DINOLoss(EMACentering(out_dim=16), student_temp=STUDENT_TEMP, koleo_weight=0.1)
     student, teacher = random_logits(4, 3, 16, 0, torch.float32), random_logits(2, 3, 16, 1, torch.float32)
     terms = loss(student, teacher, 2, TEACHER_TEMP, torch.randn(12, 5))
-    figures = Figures(student, terms, *GRADIENTS)
+    figures = Figures(outputs_of(loss, student, teacher), terms, *GRADIENTS)
     assert terms.koleo is not None
     assert Statistics().compute(0, figures, loss, STUDENT)["train/loss_koleo"] == pytest.approx(terms.koleo.item())
 
@@ -208,7 +215,7 @@ def test_of_the_whole_batch_against_numpy() -> None:
     loss = make_loss()
     figures = figures_of(loss)
     found = Statistics().compute(0, figures, loss, STUDENT)
-    p = figures.terms.targets.numpy()
+    p = loss.centering.targets(random_logits(2, 3, 16, 1), TEACHER_TEMP).numpy()
     mean = p.mean(axis=0)
     entropy = float(-(mean * np.log(mean)).sum())
     assert found["train/entropy_batch_mean"] == pytest.approx(entropy, rel=1e-12)
@@ -221,7 +228,7 @@ def test_the_weights_of_the_terms_make_the_loss(weighting: WeightingName) -> Non
     loss = DINOLoss(EMACentering(out_dim=16), STUDENT_TEMP, weighting).double()
     for step in range(3):
         figures = figures_of(loss)
-        loss.observe(random_logits(2, 3, 16, 1), figures.terms)
+        loss.observe(figures.terms)
         loss.update(progress=0.2 * (step + 1))
     found = Statistics().compute(0, figures_of(loss), loss, STUDENT)
     weighted = [found[f"train/weight_{name}"] * found[f"train/loss_{name}"] for name in ("global", "local")]
@@ -283,9 +290,9 @@ def test_a_gpu_gives_the_same_and_waits_for_the_device_once() -> None:
     figures = figures_of(loss)
     expected = Statistics().compute(0, figures, loss, STUDENT)
     loss.cuda()
-    student, teacher = figures.student_logits.cuda(), random_logits(2, 3, 16, 1).cuda()
-    terms = loss(student, teacher, 2, TEACHER_TEMP)
-    on_gpu = Figures(student, terms, figures.grad_norm.cuda(), figures.grad_norms.cuda(), figures.grad_names)
+    student, teacher = random_logits(6, 3, 16, 0).cuda(), random_logits(2, 3, 16, 1).cuda()
+    terms, outputs = loss(student, teacher, 2, TEACHER_TEMP), outputs_of(loss, student, teacher)
+    on_gpu = Figures(outputs, terms, figures.grad_norm.cuda(), figures.grad_norms.cuda(), figures.grad_names)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as synchronisations:

@@ -47,9 +47,9 @@ def by_step(trainer: Trainer, reads: list[str], monkeypatch: pytest.MonkeyPatch)
     found: dict[int, list[str]] = {}
     step_of, after = TrainStep.__call__, trainer._after_step
 
-    def train_step(self: TrainStep, step: int, window: Any) -> Any:
+    def train_step(self: TrainStep, step: int, window: Any, *, observe: bool) -> Any:
         reads.clear()
-        output = step_of(self, step, window)
+        output = step_of(self, step, window, observe=observe)
         found[step + 1] = list(reads)
         return output
 

@@ -3,16 +3,22 @@
 Shapes: N images, C channels, H x W pixels, D features.
 """
 
+import torch
 from torch import Tensor, nn
 
 
 class Backbone(nn.Module):
-    """A network from images `[N, C, H, W]` to features `[N, embed_dim]`."""
+    """A network from images to features; batches of several sizes at once are one pass."""
 
     embed_dim: int  # D
     patch_size: int = 1  # both sides of an image must be multiples of it [pixels]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, *batches: Tensor) -> Tensor:
+        """Batches `[N_i, C, H_i, W_i]` -> their features, one batch below the other, `[sum N_i, D]`."""
+        features = [self.features_of(images) for images in batches]
+        return features[0] if len(features) == 1 else torch.cat(features)
+
+    def features_of(self, images: Tensor) -> Tensor:
         """`[N, C, H, W]` -> `[N, D]`."""
         raise NotImplementedError
 

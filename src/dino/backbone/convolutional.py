@@ -70,7 +70,7 @@ class ConvolutionalBackbone(Backbone):
 
         load_initial_weights(self, weights, published_weights if pretrained else None)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def features_of(self, images: Tensor) -> Tensor:
         """`[N, C, H, W]` -> `[N, D]`."""
         for part in self.children():
             images = part(images)

@@ -62,7 +62,7 @@ class TimmBackbone(Backbone):
     def published(self) -> nn.Module:
         return self.network
 
-    def forward(self, images: Tensor) -> Tensor:
+    def features_of(self, images: Tensor) -> Tensor:
         """`[N, C, H, W]` -> `[N, D]`.
 
         Raises:

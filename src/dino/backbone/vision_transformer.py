@@ -3,8 +3,12 @@
 timm has the same network, but importing it takes longer (8 s) than a short run; `backbone=timm` is there for the rest.
 Parameter names and their order are the original's, so that its weights load as they are.
 
-Shapes: N images, C channels, H x W pixels, T = 1 + H/patch * W/patch tokens (class token first), D features.
+Shapes: N images, C channels, H x W pixels, T = 1 + H/patch * W/patch tokens (class token first), D features,
+R = sum of N * T over the batches of one pass: rows of the one matrix in which the tokens of all of them lie.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -117,22 +121,26 @@ class VisionTransformer(Backbone):
         tokens = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1)
         return tokens + resize_positions(self.pos_embed, height // self.patch_size, width // self.patch_size)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """`[N, C, H, W]` -> `[N, D]`, the class token."""
-        tokens = self.prepare_tokens(images)
-        for block in self.blocks:
-            tokens = block(tokens)
-        features: Tensor = self.norm(tokens[:, 0])
+    def forward(self, *batches: Tensor) -> Tensor:
+        """Batches `[N_i, C, H_i, W_i]` -> their class tokens, one batch below the other, `[sum N_i, D]`.
+
+        The tokens of all sizes are one matrix for everything that looks at one token at a time. Nothing but the class
+        token is made of the last block, since nothing else is looked at.
+        """
+        tokens, layout = packed([self.prepare_tokens(images) for images in batches])
+        for block in self.blocks[:-1]:
+            tokens = block(tokens, layout)
+        features: Tensor = self.norm(self.blocks[-1](tokens, layout, class_tokens_only=True))
         return features
 
     def last_attention(self, images: Tensor) -> Tensor:
         """`[N, C, H, W]` -> `[N, heads, T, T]`: the last block's attention after softmax, rows sum to 1."""
-        tokens = self.prepare_tokens(images)
+        tokens, layout = packed([self.prepare_tokens(images)])
         for block in self.blocks[:-1]:
-            tokens = block(tokens)
+            tokens = block(tokens, layout)
         last = self.blocks[-1]
         assert isinstance(last, Block)
-        query, key, _ = last.attn.split_heads(last.norm1(tokens))
+        ((query, key, _),) = last.attn.split_heads(last.norm1(tokens), layout)
         return attention_weights(query, key)
 
     def intermediate_layers(self, images: Tensor, n: int) -> list[Tensor]:
@@ -143,13 +151,36 @@ class VisionTransformer(Backbone):
         """
         if not 1 <= n <= self.depth:
             raise ValueError(f"n={n} last blocks: the backbone has {self.depth}")
-        tokens = self.prepare_tokens(images)
+        tokens, layout = packed([self.prepare_tokens(images)])
         outputs = []
         for index, block in enumerate(self.blocks):
-            tokens = block(tokens)
+            tokens = block(tokens, layout)
             if index >= self.depth - n:
-                outputs.append(self.norm(tokens))
+                outputs.append(self.norm(tokens).unflatten(0, layout[0]))
         return outputs
+
+
+class Sequences(NamedTuple):
+    """Some of the rows of a token matrix: the tokens of one batch, image by image."""
+
+    num_images: int  # N
+    length: int  # T
+
+
+Layout = Sequence[Sequences]
+
+
+def packed(batches: Sequence[Tensor]) -> tuple[Tensor, Layout]:
+    """Tokens `[N_i, T_i, D]` as one matrix `[R, D]`, and which rows are whose."""
+    layout = [Sequences(len(tokens), tokens.shape[1]) for tokens in batches]
+    rows = [tokens.flatten(0, 1) for tokens in batches]
+    return rows[0] if len(rows) == 1 else torch.cat(rows), layout
+
+
+def unpacked(rows: Tensor, layout: Layout) -> list[Tensor]:
+    """`[R, X]` -> `[N_i, T_i, X]`."""
+    sizes = [part.num_images * part.length for part in layout]
+    return [part.unflatten(0, shape) for part, shape in zip(torch.split(rows, sizes), layout, strict=True)]
 
 
 class PatchEmbedding(nn.Module):
@@ -176,10 +207,14 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.mlp = MLP(embed_dim, int(embed_dim * mlp_ratio))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """`[N, T, D]` -> `[N, T, D]`."""
-        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
-        output: Tensor = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+    def forward(self, tokens: Tensor, layout: Layout, class_tokens_only: bool = False) -> Tensor:
+        """`[R, D]` -> `[R, D]`, or only its class tokens, `[sum N, D]`."""
+        branch = self.attn(self.norm1(tokens), layout, class_tokens_only)
+        if class_tokens_only:
+            tokens = torch.cat([part[:, 0] for part in unpacked(tokens, layout)])
+            layout = [Sequences(part.num_images, 1) for part in layout]
+        tokens = tokens + self.drop_path(branch, layout)
+        output: Tensor = tokens + self.drop_path(self.mlp(self.norm2(tokens)), layout)
         return output
 
 
@@ -192,24 +227,28 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def split_heads(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[N, T, D]` -> query, key, value, `[N, heads, T, D / heads]` each."""
-        n, t, d = tokens.shape
-        qkv: Tensor = self.qkv(tokens)
-        qkv = qkv.reshape(n, t, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        return query, key, value
+    def split_heads(self, tokens: Tensor, layout: Layout) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """`[R, D]` -> query, key, value of every batch, `[N, heads, T, D / heads]` each."""
+        batches = unpacked(self.qkv(tokens), layout)
+        shape = (3, self.num_heads, -1)
+        split = [torch.unflatten(part, -1, shape).permute(2, 0, 3, 1, 4) for part in batches]
+        return [(query, key, value) for query, key, value in split]
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """`[N, T, D]` -> `[N, T, D]`."""
-        query, key, value = self.split_heads(tokens)
-        if query.device.type == "cuda":
-            mixed = F.scaled_dot_product_attention(query, key, value)
-        else:
-            # On a CPU the fused kernel's backward is slower: 750 ms of a 2.0 s bf16 step, against 165 ms like this.
-            mixed = attention_weights(query, key) @ value
-        projected: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+    def forward(self, tokens: Tensor, layout: Layout, class_tokens_only: bool = False) -> Tensor:
+        """`[R, D]` -> `[R, D]`, or only what the class tokens become, `[sum N, D]`."""
+        mixed = []
+        for query, key, value in self.split_heads(tokens, layout):
+            asking = query[:, :, :1] if class_tokens_only else query
+            mixed.append(attention(asking, key, value).transpose(1, 2).flatten(2).flatten(0, 1))
+        projected: Tensor = self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
         return projected
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v: `[N, heads, T', d]`, `[N, heads, T, d]` twice -> `[N, heads, T', d]`."""
+    if query.device.type == "cuda":
+        return F.scaled_dot_product_attention(query, key, value)
+    return attention_weights(query, key) @ value  # in bf16 several times as fast on a CPU, forward and backward
 
 
 def attention_weights(query: Tensor, key: Tensor) -> Tensor:
@@ -227,7 +266,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, embed_dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """`[N, T, D]` -> `[N, T, D]`."""
+        """`[R, D]` -> `[R, D]`."""
         projected: Tensor = self.fc2(F.gelu(self.fc1(tokens)))
         return projected
 
@@ -239,14 +278,16 @@ class DropPath(nn.Module):
         super().__init__()
         self.drop_prob = drop_prob
 
-    def forward(self, branch: Tensor) -> Tensor:
-        """`[N, ...]` -> `[N, ...]`, one draw per sample."""
+    def forward(self, branch: Tensor, layout: Layout) -> Tensor:
+        """`[R, D]` -> `[R, D]`, one draw per image."""
         if self.drop_prob == 0 or not self.training:
             return branch
         keep = 1 - self.drop_prob
         # bernoulli_, since comparing uniform numbers in bf16, as floor(keep + rand) does, would round the rate.
-        mask: Tensor = branch.new_empty((len(branch),) + (1,) * (branch.ndim - 1)).bernoulli_(keep)
-        return branch * mask.div_(keep)
+        mask: Tensor = branch.new_empty(sum(part.num_images for part in layout), 1).bernoulli_(keep).div_(keep)
+        masks = torch.split(mask, [part.num_images for part in layout])
+        rows = [of_batch.expand(-1, part.length).flatten() for of_batch, part in zip(masks, layout, strict=True)]
+        return branch * torch.cat(rows)[:, None]
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:g}"

@@ -70,19 +70,21 @@ def inspect_loss(subject: Subject) -> LossInspection:
     wiring = checks.wiring(model, subject.step)
     tensors = _state(model, loss)
 
-    teacher_logits = model.teacher_forward(views.global_views)
-    student_logits, features = model.student_forward(views.global_views, views.local_views)
-    terms = loss(student_logits, teacher_logits, num_global_views, subject.teacher_temp, features)
+    teacher = model.teacher_forward(views.global_views)
+    student, features = model.student_forward(views.global_views, views.local_views)
+    terms = loss(student, teacher, num_global_views, subject.teacher_temp, features)
+    student_logits, teacher_logits = student.logits(), teacher.logits()
+    targets = loss.centering.targets(teacher_logits, subject.teacher_temp)
     steps = _step_by_step(subject, student_logits, teacher_logits)
-    statistics = _statistics(loss, student_logits, terms, num_global_views)
-    distributions = Distributions.of(student_logits, terms.targets, loss.student_temp, num_global_views)
+    statistics = _statistics(loss, student_logits, targets, num_global_views)
+    distributions = Distributions.of(student_logits, targets, loss.student_temp, num_global_views)
     terms.total.backward()
-    loss.observe(teacher_logits, terms)
+    loss.observe(terms)
     loss.update(progress=0.0)
 
     shown = {"global_views": views.global_views}
     shown |= {"local_views": views.local_views} if views.local_views is not None else {}
-    shown |= {"student_features": features, **_named(steps), "targets": terms.targets, "loss": terms.total}
+    shown |= {"student_features": features, **_named(steps), "targets": targets, "loss": terms.total}
     gradients = {name: p.grad for name, p in model.student.named_parameters() if p.grad is not None}
     tensors |= shown | {f"the gradient of student.{name}": gradient for name, gradient in gradients.items()}
     found = _terms(loss, terms)
@@ -99,7 +101,7 @@ def inspect_loss(subject: Subject) -> LossInspection:
             checks.shapes(views, student_logits, teacher_logits, features),
             *wiring,
             checks.logits_in_range(model, student_logits, teacher_logits),
-            *checks.distributions(steps, terms.targets),
+            *checks.distributions(steps, targets),
             *checks.terms([(term.weight, term.value) for term in found], terms),
             *checks.against_reference(subject, terms, steps),
             checks.cross_entropy_above_entropy(statistics),
@@ -155,10 +157,11 @@ def _terms(loss: DINOLoss, terms: LossTerms) -> list[Term]:
     return found
 
 
-def _statistics(loss: DINOLoss, student_logits: Tensor, terms: LossTerms, num_global_views: int) -> dict[str, float]:
+def _statistics(loss: DINOLoss, student_logits: Tensor, targets: Tensor, num_global_views: int) -> dict[str, float]:
     with torch.no_grad():
-        named = distribution_statistics(student_logits, terms.targets, loss.student_temp, num_global_views)
-        used, mean = prototypes_of_batch(terms.targets)
+        views = student_logits.chunk(num_global_views * len(student_logits) // len(targets))
+        named = distribution_statistics(views, targets, loss.student_temp, num_global_views)
+        used, mean = prototypes_of_batch(targets)
         named |= {"entropy_batch_mean": torch.special.entr(mean).sum(), "num_prototypes_used": (used > 0).sum()}
     return {"loss_uniform": math.log(student_logits.shape[-1]), **{name: float(value) for name, value in named.items()}}
 

@@ -99,8 +99,8 @@ class PicturesEvaluator:
         with torch.inference_mode(), evaluation_mode(inputs.model), ranks.alone():
             for views in preemption.until_requested(held_out_views(inputs, source, batches, self._once)):
                 with inputs.autocast():
-                    teacher_logits = inputs.model.teacher_forward(views.global_views)
-                    student_logits, _ = inputs.model.student_forward(views.global_views, views.local_views)
+                    teacher_logits = inputs.model.teacher_forward(views.global_views).logits()
+                    student_logits = inputs.model.student_forward(views.global_views, views.local_views)[0].logits()
                 targets = loss.centering.targets(teacher_logits, inputs.teacher_temp)
                 own.append(Distributions.of(student_logits, targets, loss.student_temp, len(views.global_views)))
         preemption.check()

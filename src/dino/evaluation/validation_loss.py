@@ -86,7 +86,7 @@ class ValidationLossEvaluator:
 
 def _loss_terms(inputs: EvaluationInputs, loss: DINOLoss, views: ViewBatch) -> LossTerms:
     with inputs.autocast():
-        teacher_logits = inputs.model.teacher_forward(views.global_views)
-        student_logits, features = inputs.model.student_forward(views.global_views, views.local_views)
-    terms: LossTerms = loss(student_logits, teacher_logits, len(views.global_views), inputs.teacher_temp, features)
+        teacher = inputs.model.teacher_forward(views.global_views)
+        student, features = inputs.model.student_forward(views.global_views, views.local_views)
+    terms: LossTerms = loss(student, teacher, len(views.global_views), inputs.teacher_temp, features)
     return terms

@@ -18,8 +18,8 @@ CenterInit = Literal["zeros", "first_batch"]
 class Centering(nn.Module, ABC):
     """How the teacher's logits become probabilities.
 
-    `targets` reads the state and never changes it. During an optimizer step `observe` collects the teacher logits of
-    every micro-batch; `update` moves the state once, after the step.
+    `targets` reads the state and never changes it. During an optimizer step `observe` collects what is known of the
+    teacher logits of every micro-batch; `update` moves the state once, after the step.
     """
 
     @abstractmethod
@@ -27,8 +27,8 @@ class Centering(nn.Module, ABC):
         """Logits [N, K] to probabilities [N, K], each row summing to 1, without gradient, in at least float32."""
 
     @abstractmethod
-    def observe(self, teacher_logits: Tensor) -> None:
-        """Collects the logits [N, K] of one micro-batch."""
+    def observe(self, logits_sum: Tensor, num_rows: int) -> None:
+        """Collects the sum [1, K] of the N rows of logits of one micro-batch."""
 
     @abstractmethod
     def update(self, skipped: Tensor | None = None) -> None:
@@ -84,11 +84,9 @@ class EMACentering(Centering):
             return torch.softmax((at_least_float32(teacher_logits) - self.center) / temp, dim=-1)
 
     @torch.no_grad()
-    def observe(self, teacher_logits: Tensor) -> None:
-        with no_autocast(teacher_logits):
-            total = at_least_float32(teacher_logits).sum(dim=0, keepdim=True)
-        self._sum = total if self._sum is None else self._sum + total
-        self._count += len(teacher_logits)
+    def observe(self, logits_sum: Tensor, num_rows: int) -> None:
+        self._sum = logits_sum if self._sum is None else self._sum + logits_sum
+        self._count += num_rows
 
     @torch.no_grad()
     def update(self, skipped: Tensor | None = None) -> None:
@@ -142,7 +140,7 @@ class SinkhornKnopp(Centering):
                 log_q = torch.log_softmax(log_q, dim=-1)
             return log_q.exp_()
 
-    def observe(self, teacher_logits: Tensor) -> None:
+    def observe(self, logits_sum: Tensor, num_rows: int) -> None:
         """Nothing: the batch balances itself."""
 
     def update(self, skipped: Tensor | None = None) -> None:

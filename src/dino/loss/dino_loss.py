@@ -7,14 +7,21 @@ all images of view 0, then of view 1, and so on; global views come first.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino.loss.centering import Centering
+from dino.loss.centering import Centering, EMACentering
+from dino.loss.fused import fused_cross_entropies
 from dino.loss.koleo import koleo_loss
 from dino.loss.precision import at_least_float32, no_autocast
+from dino.loss.sliced import SlicedSettings, sliced_cross_entropies
 from dino.loss.weighting import WeightingName, Weights, make_weighting
+from dino.model.projection import Projection
+
+Implementation = Literal["auto", "plain", "fused", "sliced"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,8 @@ class LossTerms:
     local_term: Tensor | None  # None without local views
     koleo: Tensor | None  # before its weight; None where it is not used
     weights: Weights  # of the global and the local term
-    targets: Tensor  # [G*B, K], the teacher's probabilities that the student was compared with; no gradient
+    teacher_sum: Tensor  # [1, K], the sum of the teacher's raw logits over its rows; no gradient
+    num_rows: int  # G*B
 
 
 def num_pairs(num_global_views: int, num_local_views: int) -> tuple[int, int]:
@@ -65,6 +73,9 @@ class DINOLoss(nn.Module):
         local_weight: weight of the local term relative to the global one, for `balanced` and `adaptive`.
         koleo_weight: weight of the KoLeo term, a mean over the student's global views; 0 turns it off. (DINOv2 sums
             over its two views, so its 0.1 is 0.2 here.)
+        implementation: of the cross-entropies, all of one value. `plain`: the formula, by autograd. `fused`: from whole
+            logits without copies of them. `sliced`: logits are made slice by slice and never held. `auto`: `sliced`
+            where the loss is given what logits are made of and the centering allows it, otherwise `fused`.
 
     Raises:
         ValueError: for a value out of its range.
@@ -77,60 +88,63 @@ class DINOLoss(nn.Module):
         weighting: WeightingName = "pairs",
         local_weight: float = 1.0,
         koleo_weight: float = 0.0,
+        implementation: Implementation = "auto",
     ) -> None:
         super().__init__()
         if not 0 < student_temp < math.inf:
             raise ValueError(f"loss.student_temp={student_temp}: use a number above 0")
         if not 0 <= koleo_weight < math.inf:
             raise ValueError(f"loss.koleo_weight={koleo_weight}: use a number of 0 or more")
+        if implementation not in get_args(Implementation):
+            raise ValueError(f"loss.implementation={implementation}: use {', '.join(get_args(Implementation))}")
+        if implementation == "sliced" and not isinstance(centering, EMACentering):
+            raise ValueError(
+                f"loss.implementation=sliced: {type(centering).__name__} needs all logits at once; use auto or fused"
+            )
         self.centering = centering
         self.student_temp = student_temp
         self.weighting = make_weighting(weighting, local_weight)
         self.koleo_weight = koleo_weight
+        self.implementation = implementation
 
     def forward(
         self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
+        student: Tensor | Projection,
+        teacher: Tensor | Projection,
         num_global_views: int,
         teacher_temp: float,
         student_features: Tensor | None = None,
     ) -> LossTerms:
-        """Student logits [V*B, K], teacher logits [G*B, K] and, for KoLeo, student features [V*B, D] to the terms.
+        """Student [V*B, K], teacher [G*B, K] and, for KoLeo, student features [V*B, D] to the terms.
 
-        Arithmetic is in float32 at least, also under autocast; float64 stays float64.
+        Student and teacher are logits, or what logits are products of. Arithmetic is in float32 at least, also under
+        autocast; float64 stays float64.
 
         Raises:
             ValueError: for a temperature that is not positive, shapes that do not fit together, and missing features.
         """
         if not 0 < teacher_temp < math.inf:
             raise ValueError(f"loss.teacher_temp={teacher_temp}: use a number above 0")
-        num_views = _num_views(student_logits, teacher_logits, num_global_views)
-        with no_autocast(student_logits):
-            all_views = self.centering.targets(teacher_logits, teacher_temp)  # [G*B, K]
-            targets = all_views.chunk(num_global_views)  # G x [B, K]
-            # Chunks, not indices: the gradient of a chunk is put together once, that of an index is padded to [V*B, K].
-            student = student_logits.chunk(num_views)
-            global_views, local_views = student[:num_global_views], student[num_global_views:]
-            num_global, num_local = num_pairs(num_global_views, len(local_views))
-            global_sums = [self._cross_entropy(view, _summed(targets, but=j)) for j, view in enumerate(global_views)]
-            global_term = _summed(global_sums) / num_global
+        num_views = _num_views(_shape(student), _shape(teacher), num_global_views)
+        with no_autocast(student.rows if isinstance(student, Projection) else student):
+            losses, teacher_sum = self._cross_entropies(student, teacher, num_global_views, teacher_temp)
+            num_global, num_local = num_pairs(num_global_views, num_views - num_global_views)
+            global_term = losses[:num_global_views].sum() / num_global
             local_term = None
             weights: Weights = (1.0, 0.0)
             total = global_term
-            if local_views:
-                all_targets = _summed(targets)
-                local_term = _summed([self._cross_entropy(view, all_targets) for view in local_views]) / num_local
+            if num_local:
+                local_term = losses[num_global_views:].sum() / num_local
                 weights = self.weighting.weights(num_global, num_local)
                 total = weights[0] * global_term + weights[1] * local_term
             koleo = self._koleo(student_features, num_views, num_global_views)
             if koleo is not None:
                 total = total + self.koleo_weight * koleo
-        return LossTerms(total, global_term, local_term, koleo, weights, all_views)
+        return LossTerms(total, global_term, local_term, koleo, weights, teacher_sum, _shape(teacher)[0])
 
-    def observe(self, teacher_logits: Tensor, terms: LossTerms) -> None:
-        """Collects what one micro-batch showed: its teacher logits [G*B, K] and its terms."""
-        self.centering.observe(teacher_logits)
+    def observe(self, terms: LossTerms) -> None:
+        """Collects what one micro-batch showed."""
+        self.centering.observe(terms.teacher_sum, terms.num_rows)
         if terms.local_term is not None:
             self.weighting.observe(terms.global_term, terms.local_term)
 
@@ -142,10 +156,35 @@ class DINOLoss(nn.Module):
         self.centering.update(skipped)
         self.weighting.update(progress, skipped)
 
-    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Logits [B, K] against targets [B, K]; the mean over images, 0-d."""
-        log_probabilities = F.log_softmax(at_least_float32(logits) / self.student_temp, dim=-1)
-        return -(targets * log_probabilities).sum(dim=-1).mean()
+    def _cross_entropies(
+        self, student: Tensor | Projection, teacher: Tensor | Projection, num_global_views: int, teacher_temp: float
+    ) -> tuple[Tensor, Tensor]:
+        """Of every student view, with all teacher views but the same one, [V]; and the sum of teacher logits [1, K]."""
+        from_rows = isinstance(student, Projection) and isinstance(teacher, Projection)
+        if from_rows and isinstance(self.centering, EMACentering) and self.implementation in ("auto", "sliced"):
+            assert isinstance(student, Projection)
+            assert isinstance(teacher, Projection)
+            settings = SlicedSettings(num_global_views, self.student_temp, teacher_temp)
+            return sliced_cross_entropies(student, teacher, self.centering.center, settings)
+        plain = self.implementation == "plain"
+        student_logits, teacher_logits = _logits(student, plain), _logits(teacher, plain)
+        with torch.no_grad():
+            targets = self.centering.targets(teacher_logits, teacher_temp)  # [G*B, K]
+            teacher_sum = at_least_float32(teacher_logits).sum(dim=0, keepdim=True)
+        if plain:
+            return self._plain(student_logits, targets.chunk(num_global_views)), teacher_sum
+        own = isinstance(student, Projection)  # then nobody else has seen these logits
+        losses = fused_cross_entropies(student_logits, targets, num_global_views, self.student_temp, overwrite=own)
+        return losses, teacher_sum
+
+    def _plain(self, student_logits: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        """Logits [V*B, K] against G targets [B, K] to [V]."""
+        losses = []
+        # Chunks, not indices: the gradient of a chunk is put together once, that of an index is padded to [V*B, K].
+        for j, logits in enumerate(student_logits.chunk(len(student_logits) // len(targets[0]))):
+            log_probabilities = F.log_softmax(at_least_float32(logits) / self.student_temp, dim=-1)
+            losses.append(-(_summed(targets, but=j) * log_probabilities).sum(dim=-1).mean())
+        return torch.stack(losses)
 
     def _koleo(self, features: Tensor | None, num_views: int, num_global_views: int) -> Tensor | None:
         if self.koleo_weight == 0:
@@ -158,19 +197,30 @@ class DINOLoss(nn.Module):
         return _summed([koleo_loss(view) for view in views]) / num_global_views
 
 
-def _num_views(student_logits: Tensor, teacher_logits: Tensor, num_global_views: int) -> int:
-    """V, from the number of rows; refuses shapes that are not whole views of the same images and prototypes."""
+def _shape(output: Tensor | Projection) -> tuple[int, ...]:
+    """Of the logits."""
+    return tuple(output.shape) if isinstance(output, Tensor) else (len(output.rows), len(output.directions))
+
+
+def _logits(output: Tensor | Projection, plain: bool) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    return output.rows @ output.prototypes().to(output.rows).T if plain else output.logits()
+
+
+def _num_views(student: tuple[int, ...], teacher: tuple[int, ...], num_global_views: int) -> int:
+    """V, from the shapes of the logits; refuses those that are not whole views of the same images and prototypes."""
     if num_global_views < 2:
         raise ValueError(f"num_global_views={num_global_views}: use at least 2, a view is never compared with itself")
-    batch = len(teacher_logits) // num_global_views
-    fits = batch > 0 and len(teacher_logits) == batch * num_global_views
-    fits = fits and len(student_logits) % batch == 0 and len(student_logits) >= len(teacher_logits)
-    if not fits or student_logits.ndim != 2 or student_logits.shape[1:] != teacher_logits.shape[1:]:
+    batch = teacher[0] // num_global_views
+    fits = batch > 0 and teacher[0] == batch * num_global_views
+    fits = fits and student[0] % batch == 0 and student[0] >= teacher[0]
+    if not fits or len(student) != 2 or student[1:] != teacher[1:]:
         raise ValueError(
-            f"student logits {list(student_logits.shape)} and teacher logits {list(teacher_logits.shape)} with "
+            f"student logits {list(student)} and teacher logits {list(teacher)} with "
             f"{num_global_views} global views: use [V*B, K] and [{num_global_views}*B, K]"
         )
-    return len(student_logits) // batch
+    return student[0] // batch
 
 
 def _summed(tensors: Sequence[Tensor], but: int | None = None) -> Tensor:

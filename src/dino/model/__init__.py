@@ -1,6 +1,7 @@
 """The networks of the method: projection head, multi-crop model, student and teacher."""
 
 from dino.model.head import DINOHead, WeightNormLinear
+from dino.model.projection import Projection
 from dino.model.student_teacher import MultiCropModel, StudentTeacher
 from dino.model.wiring import (
     SharedStorageError,
@@ -15,6 +16,7 @@ from dino.model.wiring import (
 __all__ = [
     "DINOHead",
     "MultiCropModel",
+    "Projection",
     "SharedStorageError",
     "StudentFrozenError",
     "StudentTeacher",

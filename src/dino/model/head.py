@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino.backbone.base import check_at_least
+from dino.model.projection import Projection
 
 
 class DINOHead(nn.Module):
@@ -60,13 +61,13 @@ class DINOHead(nn.Module):
                 module.reset_parameters()
         self.last_layer.initialize()
 
-    def forward(self, features: Tensor) -> Tensor:
-        """`[N, D]` -> `[N, K]`."""
+    def forward(self, features: Tensor) -> Projection:
+        """`[N, D]` -> rows `[N, b]` and prototypes, whose products are the logits `[N, K]`."""
         hidden = self.mlp(features)
         # In half precision the norm would lose digits, and its guard against zero would be zero itself.
-        hidden = F.normalize(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), dim=-1)
-        logits: Tensor = self.last_layer(hidden)
-        return logits
+        rows = F.normalize(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), dim=-1)
+        projection: Projection = self.last_layer(rows)
+        return projection
 
 
 class WeightNormLinear(nn.Module):
@@ -93,14 +94,13 @@ class WeightNormLinear(nn.Module):
         bound = 1 / math.sqrt(self.weight_v.shape[1])
         nn.init.uniform_(self.weight_v, -bound, bound)
 
-    def prototypes(self) -> Tensor:
-        """`[K, b]`, each row of length `weight_g`."""
-        lengths: Tensor = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
-        return self.weight_v * (self.weight_g / lengths)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """`[N, b]` -> `[N, K]`."""
-        return F.linear(rows, self.prototypes())
+    def forward(self, rows: Tensor) -> Projection:
+        """`[N, b]` -> the rows, in the type of autocast, with the prototypes: their products are `[N, K]`."""
+        kind = rows.device.type
+        if torch.is_autocast_enabled(kind):
+            rows = rows.to(torch.get_autocast_dtype(kind))
+        # Views, since DistributedDataParallel finds parameters only behind a tensor that was made from them.
+        return Projection(rows, self.weight_v.view_as(self.weight_v), self.weight_g.view_as(self.weight_g))
 
 
 def _mlp(in_dim: int, hidden_dim: int, out_dim: int, num_layers: int, batch_norm: bool) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dino.backbone.base import Backbone
 from dino.model.head import DINOHead
+from dino.model.projection import Projection
 from dino.model.wiring import check_wiring, stochastic_modules
 
 
@@ -30,13 +31,13 @@ class MultiCropModel(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, global_views: Tensor, local_views: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`[G, B, C, H, W]`, `[L, B, C, h, w]` or None -> logits `[V * B, K]`, features `[V * B, D]`.
+    def forward(self, global_views: Tensor, local_views: Tensor | None) -> tuple[Projection, Tensor]:
+        """`[G, B, C, H, W]`, `[L, B, C, h, w]` or None -> what logits `[V * B, K]` are made of, features `[V * B, D]`.
 
-        One pass of the backbone per resolution, so with batch norm the views of one resolution are one batch, as in
-        the original; one pass of the head over all rows.
+        The backbone takes the views of one resolution as one batch, which is what its batch norms see, as in the
+        original; the head takes all rows at once.
         """
-        features = torch.cat([self.backbone(images) for images in _by_resolution(global_views, local_views)])
+        features = self.backbone(*_by_resolution(global_views, local_views))
         return self.head(features), features
 
 
@@ -66,15 +67,15 @@ class StudentTeacher(nn.Module):
         self.teacher.requires_grad_(False)
 
     @torch.no_grad()
-    def teacher_forward(self, global_views: Tensor) -> Tensor:
-        """`[G, B, C, H, W]` -> logits `[G * B, K]`, without gradient."""
-        logits: Tensor = self.teacher(global_views, None)[0]
-        return logits
+    def teacher_forward(self, global_views: Tensor) -> Projection:
+        """`[G, B, C, H, W]` -> what logits `[G * B, K]` are made of, without gradient."""
+        projection: Projection = self.teacher(global_views, None)[0]
+        return projection
 
-    def student_forward(self, global_views: Tensor, local_views: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`[G, B, C, H, W]`, `[L, B, C, h, w]` or None -> logits `[V * B, K]`, features `[V * B, D]`."""
-        logits, features = self.student(global_views, local_views)
-        return logits, features
+    def student_forward(self, global_views: Tensor, local_views: Tensor | None) -> tuple[Projection, Tensor]:
+        """As `MultiCropModel.forward`, of the student."""
+        projection, features = self.student(global_views, local_views)
+        return projection, features
 
     def check_wiring(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Checks the invariants of the start: nothing shared, teacher equal to the student, without gradients, without

@@ -3,7 +3,7 @@ from dino.monitor.expected_moves import ExpectedMove, expected_moves
 from dino.monitor.health import Facts, Health, Verdict
 from dino.monitor.memory import memory_statistics
 from dino.monitor.monitor import Monitor
-from dino.monitor.statistics import Statistics, StepFigures, distribution_statistics
+from dino.monitor.statistics import OutputStatistics, Statistics, StepFigures, distribution_statistics
 from dino.monitor.step_time import StepTimer
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Facts",
     "Health",
     "Monitor",
+    "OutputStatistics",
     "Statistics",
     "StepFigures",
     "StepTimer",

@@ -8,7 +8,7 @@ Shapes: B images in the micro-batch, G global views, V all views, K prototypes, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,11 +20,29 @@ from dino.monitor.gradients import gradient_distributions, gradient_norms
 from dino.ranks import sum_over_ranks, world_size
 
 
+@dataclass(frozen=True)
+class OutputStatistics:
+    """What the outputs of student and teacher tell of one micro-batch, on the device."""
+
+    values: dict[str, Tensor]  # 0-d each, `distribution_statistics`
+    used: Tensor  # [K], 1 where a prototype is the most likely one of some teacher output
+    mean: Tensor  # [K], of the teacher's outputs
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, student_views: Iterable[Tensor], targets: Tensor, student_temp: float, num_global_views: int = 2
+    ) -> "OutputStatistics":
+        """Of the student's logits, V x [B, K], and the teacher's probabilities, [G*B, K]."""
+        values = distribution_statistics(student_views, targets, student_temp, num_global_views)
+        return cls(values, *prototypes_of_batch(targets))
+
+
 class StepFigures(Protocol):
     """The part of a step's output that statistics are made of."""
 
     @property
-    def student_logits(self) -> Tensor: ...  # [V*B, K]
+    def outputs(self) -> OutputStatistics | None: ...  # not None, where the step was told to observe them
 
     @property
     def terms(self) -> LossTerms: ...
@@ -65,9 +83,7 @@ class Statistics:
         """Whether step number `step`, counted from 0, is logged: with a period of 10 the 1st, 10th, 20th, ..."""
         return step == 0 or (step + 1) % self.every_steps == 0
 
-    def compute(
-        self, step: int, figures: StepFigures, loss: DINOLoss, student: nn.Module, num_global_views: int = 2
-    ) -> dict[str, float]:
+    def compute(self, step: int, figures: StepFigures, loss: DINOLoss, student: nn.Module) -> dict[str, float]:
         """Everything about one step; the host waits for the device once, when all of it is read.
 
         Teacher probabilities are those that the step trained with, so that `entropy_teacher + kl_teacher_student` is
@@ -84,15 +100,11 @@ class Statistics:
             figures: what the step has left.
             loss: read, not changed.
             student: whose gradients still lie in its parameters.
-            num_global_views: G.
         """
+        outputs = figures.outputs
+        assert outputs is not None, "the step was not told to observe its outputs"
         with torch.no_grad():
-            targets = figures.terms.targets
-            values = {
-                **loss_statistics(figures.terms),
-                **distribution_statistics(figures.student_logits, targets, loss.student_temp, num_global_views),
-                "grad_norm": figures.grad_norm,
-            }
+            values = {**loss_statistics(figures.terms), **outputs.values, "grad_norm": figures.grad_norm}
             if isinstance(loss.centering, EMACentering):
                 values["center_norm"] = loss.centering.center.norm()
             values = {f"train/{name}": value for name, value in values.items()}
@@ -100,9 +112,9 @@ class Statistics:
             if step == 0 or (step + 1) % (self.every_steps * self.gradients_every) == 0:
                 values |= gradient_distributions(student, figures.grad_names)
             own = torch.stack([value.to(figures.terms.total) for value in values.values()])
-            used, mean = prototypes_of_batch(targets)
-            message = torch.cat([own, used.to(own), mean.to(own)])
-            scalars, used, mean = torch.split(sum_over_ranks(message), [len(own), len(used), len(mean)])
+            num_prototypes = len(outputs.mean)
+            message = torch.cat([own, outputs.used.to(own), outputs.mean.to(own)])
+            scalars, used, mean = torch.split(sum_over_ranks(message), [len(own), num_prototypes, num_prototypes])
             entropy_batch_mean = torch.special.entr(mean / world_size()).sum()
             shared = torch.stack([(used > 0).sum().to(own), entropy_batch_mean])
             *numbers, num_used, batch_entropy = torch.cat([scalars / world_size(), shared]).tolist()
@@ -111,7 +123,7 @@ class Statistics:
             "train/num_prototypes_used": num_used,
             "train/entropy_batch_mean": batch_entropy,
             "train/mutual_information": batch_entropy - numbers[list(values).index("train/entropy_teacher")],
-            "train/loss_uniform": math.log(targets.shape[-1]),
+            "train/loss_uniform": math.log(num_prototypes),
         }
 
 
@@ -138,7 +150,7 @@ def prototypes_of_batch(teacher_probabilities: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def distribution_statistics(
-    student_logits: Tensor, teacher_probabilities: Tensor, student_temp: float, num_global_views: int
+    student_views: Iterable[Tensor], teacher_probabilities: Tensor, student_temp: float, num_global_views: int
 ) -> dict[str, Tensor]:
     """How sharp and how alike the outputs of teacher and student are; every value is 0-d.
 
@@ -154,22 +166,20 @@ def distribution_statistics(
     - `student_teacher_agreement`: share of pairs whose most likely prototypes are the same.
 
     Args:
-        student_logits: [V*B, K], view-major.
+        student_views: logits of V views, [B, K] each; may be made one at a time.
         teacher_probabilities: [G*B, K], view-major.
         student_temp: temperature of the student's softmax.
         num_global_views: G.
     """
-    num_prototypes = student_logits.shape[-1]
+    num_prototypes = teacher_probabilities.shape[-1]
     teacher = _raised(teacher_probabilities).reshape(num_global_views, -1, num_prototypes)  # [G, B, K]
-    student = student_logits.reshape(-1, teacher.shape[1], num_prototypes)  # [V, B, K]
-    num_views = len(student)
     confidence, teacher_top = teacher.max(dim=-1)  # [G, B]
     entropy_teacher = torch.special.entr(teacher).sum(dim=-1).mean()
 
     entropies, confidences, cross_entropies, agreements = [], [], [], []
-    for j in range(num_views):  # one at a time: all of [V, B, K] in float32 would be a peak of memory of its own
+    for j, logits in enumerate(student_views):
         compared = [i for i in range(num_global_views) if i != j]
-        log_probabilities = torch.log_softmax(_raised(student[j]) / student_temp, dim=-1)  # [B, K]
+        log_probabilities = torch.log_softmax(_raised(logits) / student_temp, dim=-1)  # [B, K]
         largest, student_top = log_probabilities.max(dim=-1)  # [B]
         entropies.append(-(log_probabilities.exp() * log_probabilities).sum(dim=-1).mean())
         confidences.append(largest.exp().mean())
@@ -177,6 +187,7 @@ def distribution_statistics(
         cross_entropies.append(-(teacher[compared].sum(dim=0) * log_probabilities).sum(dim=-1).mean())
         agreements.append((teacher_top[compared] == student_top).sum(dim=0, dtype=teacher.dtype).mean())
 
+    num_views = len(entropies)
     num_pairs = num_global_views * (num_views - 1)
     cross_entropy = torch.stack(cross_entropies).sum() / num_pairs
     entropy_student = torch.stack(entropies)  # [V]

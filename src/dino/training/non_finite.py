@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dino.augmentation import ViewBatch
 from dino.evaluation.features import evaluation_mode
+from dino.model import Projection
 from dino.run import NonFiniteError
 from dino.training.step import StepOutput, TrainStep
 
@@ -130,7 +131,7 @@ def diagnose(
         "scale": train_step.scaler.get_scale(),
         "first_non_finite_layer": next((name for name, figures in layers.items() if figures["num_non_finite"]), None),
         "views": [_views(views) for views in window],
-        "student_logits": _figures(output.student_logits),
+        "student_logits": layers["head.last_layer"],
         "layers": layers,
         "parameters": {name: _figures(parameter) for name, parameter in parameters.items()},
         "gradient_norms": {name: _plain(norm) for name, norm in norms.items()} if gradients else None,
@@ -150,6 +151,8 @@ def _layers(train_step: TrainStep, views: ViewBatch) -> dict[str, dict[str, Any]
 
     def note(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Projection):
+                output = output.logits()
             if isinstance(output, Tensor):
                 layers.setdefault(name, _figures(output))
 

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dino.augmentation import ViewBatch
 from dino.loss import DINOLoss, LossTerms
-from dino.model import StudentTeacher
-from dino.monitor import StepTimer
+from dino.model import Projection, StudentTeacher
+from dino.monitor import OutputStatistics, StepTimer
 from dino.optimizer import EMA, ClipMode, cancel_last_layer_gradients, clip_gradients
 from dino.ranks import max_over_ranks
 from dino.runtime import Precision
@@ -43,9 +43,9 @@ class Schedules:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step leaves for the log; logits and terms are those of the last micro-batch."""
+    """What one step leaves for the log; outputs and terms are those of the last micro-batch."""
 
-    student_logits: Tensor  # [V*B, K]
+    outputs: OutputStatistics | None  # where the step was told to observe them
     terms: LossTerms
     loss: Tensor  # 0-d, mean over the micro-batches of this process
     grad_norm: Tensor  # 0-d, before clipping
@@ -92,10 +92,10 @@ class TrainStep:
         self.timer = StepTimer(self.precision.device)
         self._buffers = list(self.model.buffers())
         self._parameters = list(self.model.student.named_parameters())
+        self._trained = [parameter for _, parameter in self._parameters]
 
-    def __call__(self, step: int, window: Sequence[ViewBatch]) -> StepOutput:
-        """Step number `step` (from 0) on float views of this device."""
-        student, teacher = self.model.student, self.model.teacher
+    def __call__(self, step: int, window: Sequence[ViewBatch], *, observe: bool = False) -> StepOutput:
+        """Step number `step` (from 0) on float views of this device; `observe`: with statistics of the outputs."""
         scheduled = self.schedules(step)
         self.timer.begin()
         self._set_optimizer(scheduled)
@@ -104,38 +104,49 @@ class TrainStep:
         losses = []
         for position, views in enumerate(window, start=1):
             with self._ranks_sum_gradients(position == len(window)):
-                student_logits, terms = self._forward(views, scheduled["teacher_temp"])
+                student, teacher, terms = self._forward(views, scheduled["teacher_temp"])
                 self.timer.mark("forward")
                 losses.append(terms.total.detach())
                 scaled: Tensor = self.scaler.scale(_nan_if_not_finite(terms.total) / len(window))
                 torch.autograd.backward(scaled)
                 self.timer.mark("backward")
 
+        outputs = (
+            self._observed(student, teacher, scheduled["teacher_temp"], len(views.global_views)) if observe else None
+        )
         self.scaler.unscale_(self.optimizer)
         grad_names = [name for name, parameter in self._parameters if parameter.grad is not None]
-        grad_norm, grad_norms = clip_gradients(student.parameters(), self.clip_norm, self.clip_mode)
+        grad_norm, grad_norms = clip_gradients(self._trained, self.clip_norm, self.clip_mode)
         skipped = ~torch.isfinite(grad_norm)
         loss = torch.stack(losses).mean()
         broken = skipped & self._scale_is_not_to_blame(loss)
         if step < self.freeze_last_layer_steps:
-            cancel_last_layer_gradients(student)
+            cancel_last_layer_gradients(self.model.student)
         self._step_optimizer(skipped)
         self._restore_buffers(buffers, skipped)
-        self.ema.update(student, teacher, scheduled["teacher_momentum"], skipped)
+        self.ema.update(self.model.student, self.model.teacher, scheduled["teacher_momentum"], skipped)
         self.loss.update(progress=step / self.total_steps, skipped=skipped)
         self.timer.mark("update")
-        logits = student_logits.detach()
-        return StepOutput(logits, terms, loss, grad_norm, grad_norms, grad_names, skipped, broken, scheduled)
+        return StepOutput(outputs, terms, loss, grad_norm, grad_norms, grad_names, skipped, broken, scheduled)
 
-    def _forward(self, views: ViewBatch, teacher_temp: float) -> tuple[Tensor, LossTerms]:
-        """Student logits [V*B, K] and the loss of one micro-batch, which center and weights take note of."""
+    def _forward(self, views: ViewBatch, teacher_temp: float) -> tuple[Projection, Projection, LossTerms]:
+        """Student, teacher and the loss of one micro-batch, which center and weights take note of."""
         assert self.student is not None
         with self.precision.autocast():
-            teacher_logits = self.model.teacher_forward(views.global_views)
-            student_logits, features = self.student(views.global_views, views.local_views)
-        terms: LossTerms = self.loss(student_logits, teacher_logits, len(views.global_views), teacher_temp, features)
-        self.loss.observe(teacher_logits, terms)  # center and weights move after the step
-        return student_logits, terms
+            teacher = self.model.teacher_forward(views.global_views)
+            student, features = self.student(views.global_views, views.local_views)
+        terms: LossTerms = self.loss(student, teacher, len(views.global_views), teacher_temp, features)
+        self.loss.observe(terms)  # center and weights move after the step
+        return student, teacher, terms
+
+    @torch.no_grad()
+    def _observed(
+        self, student: Projection, teacher: Projection, teacher_temp: float, num_global_views: int
+    ) -> OutputStatistics:
+        """Of outputs whose logits are made once more, one view at a time; comes before the parameters change."""
+        targets = self.loss.centering.targets(teacher.logits(), teacher_temp)
+        views = student.chunk(num_global_views * len(student.rows) // len(targets))
+        return OutputStatistics.of((view.logits() for view in views), targets, self.loss.student_temp, num_global_views)
 
     def _ranks_sum_gradients(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients of the ranks are averaged once a step, in the backward pass of its last micro-batch."""

@@ -97,7 +97,7 @@ class Trainer:
                 self._start()
                 while not self.finished:
                     for window in self._rest_of_epoch():
-                        output = self.train_step(self.step, window)
+                        output = self.train_step(self.step, window, observe=self._logs(self.step))
                         self.step += 1
                         if not self.start_up.done:
                             self._tell_start_up()
@@ -124,6 +124,10 @@ class Trainer:
             self.train_step.timer.waited(time.perf_counter() - started)
             yield window
 
+    def _logs(self, step: int) -> bool:
+        """Whether step number `step`, counted from 0, is logged."""
+        return self.monitor.statistics.due(step) or step + 1 == self.total_steps
+
     def _to_device(self, batch: ViewBatch) -> ViewBatch:
         batch = batch.to(self.device, non_blocking=True)
         return self.augmentation.photometric(batch)
@@ -140,7 +144,7 @@ class Trainer:
         self.latest = {name: value for name, value in self.latest.items() if name.startswith(OF_STEPS)}
         self.latest.pop(EPOCH_LOSS, None)
         self.health.announce(self.step)
-        if self.monitor.statistics.due(self.step - 1) or self.step == self.total_steps:
+        if output.outputs is not None:
             self._log_statistics(output)
 
     def _between_steps(self) -> None:
