@@ -17,6 +17,7 @@ from dino.start_up import StartUp
 from dino.targets import ALLOWED_PREFIXES, type_mismatch
 
 HEAVY = {"torch", "torchvision", "timm", "wandb", "sklearn", "scipy", "matplotlib", "pandas", "tensorboard"}
+DINO = ["-c", "from dino.cli import app; app()"]
 TRAIN = [str(REPOSITORY / "train.py")]
 
 
@@ -34,8 +35,8 @@ def imported(words: list[str], cwd: Path) -> tuple[int, set[str], str]:
         [*TRAIN, "--help"],
         [*TRAIN, "--cfg", "job"],
         [str(REPOSITORY / "sweep.py"), "--help"],
-        ["-c", "from dino.cli import app; app()", "--help"],
-        ["-c", "from dino.cli import app; app()", "data", "--help"],
+        [*DINO, "--help"],
+        [*DINO, "data", "--help"],
     ],
 )
 def test_help_imports_nothing_heavy(words: list[str], tmp_path: Path) -> None:
@@ -67,6 +68,14 @@ def test_mistakes_are_answered_before_anything_heavy_is_imported(
     assert len(errors.splitlines()) == 1
     assert not imports & HEAVY
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", [["data", "check"], ["data", "preview"], ["tune", "batch"]])
+def test_so_they_are_by_the_other_commands(command: list[str], tmp_path: Path) -> None:
+    exit_code, imports, errors = imported([*DINO, *command, "+head.width=2"], tmp_path)
+    assert exit_code == 2
+    assert errors.startswith("error: head.width: dino.model.DINOHead takes no width")
+    assert not imports & HEAVY
 
 
 # ---------------------------------------------------------------------- signatures

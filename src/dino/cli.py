@@ -16,8 +16,10 @@ app = typer.Typer(
 )
 data = typer.Typer(no_args_is_help=True, help="What is learned from.")
 debug = typer.Typer(no_args_is_help=True, help="What happens inside a step.")
+tune = typer.Typer(no_args_is_help=True, help="Settings that suit the machine.")
 app.add_typer(data, name="data")
 app.add_typer(debug, name="debug")
+app.add_typer(tune, name="tune")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value and group=option, as of train.py")]
 
@@ -82,11 +84,11 @@ def report_runs(
 @data.command("check")
 def data_check(overrides: Overrides = None) -> None:
     """Counts, sizes, modes, unreadable files, exact duplicates and steps per epoch of a dataset."""
+    config = _config(overrides)  # before torch is imported
     from dino.config import build
     from dino.dataset import check
     from dino.launch import answering_bad_values
 
-    config = _config(overrides)
     with answering_bad_values():
         dataset = build(config, "dataset")
         report = check(dataset, dataset.batch_size * config.trainer.accumulate_steps)
@@ -105,12 +107,12 @@ def data_preview(
     num_images: Annotated[int, typer.Option(min=1, help="how many images, one a row")] = 8,
 ) -> None:
     """A picture of the views of some images, as the student sees them in the first epoch."""
+    config = _config(overrides)  # before torch is imported
     from dino.augmentation import preview
     from dino.config import build
     from dino.dataset import ShuffledSampler
     from dino.launch import answering_bad_values
 
-    config = _config(overrides)
     with answering_bad_values():
         dataset = build(config, "dataset")
         mean, std = dataset.normalization()
@@ -152,4 +154,43 @@ def debug_loss(
     write_figure(inspection, output)
     typer.echo(f"{output}: entropy, largest probability, concentration and agreement of student and teacher")
     if not inspection.sound:
+        raise typer.Exit(1)
+
+
+@tune.command("batch")
+def tune_batch_command(
+    overrides: Overrides = None,
+    memory_gib: Annotated[
+        float | None, typer.Option(min=0.1, help="what a run may take [GiB]; default: what is free now, less headroom")
+    ] = None,
+    headroom: Annotated[float, typer.Option(min=0.0, max=0.9, help="share of the free memory that stays free")] = 0.1,
+    multiple: Annotated[int, typer.Option(min=1, help="batch sizes are multiples of this")] = 8,
+    max_batch: Annotated[int, typer.Option(min=1, help="no larger batch is tried")] = 4096,
+) -> None:
+    """The largest dataset.batch_size that fits into memory, by real runs of a few steps, each a process of its own.
+
+    On a CPU this is the memory of the training process; the workers of the loader come on top.
+    """
+    config = _config(overrides)  # before torch is imported
+    from dino.launch import answering_bad_values
+    from dino.training.tune import Trial, tune_batch
+
+    def say(trial: Trial) -> None:
+        peak = "out of memory" if trial.peak_gib is None else f"{trial.peak_gib:.2f} GiB"
+        typer.echo(f"batch {trial.batch_size}: {peak}", err=True)
+
+    with answering_bad_values():
+        found = tune_batch(
+            config,
+            overrides or [],
+            memory_gib=memory_gib,
+            headroom=headroom,
+            multiple=multiple,
+            max_batch=max_batch,
+            say=say,
+        )
+    Console().print(found.table())
+    for line in found.advice():
+        typer.echo(line)
+    if found.largest is None:
         raise typer.Exit(1)

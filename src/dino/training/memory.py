@@ -38,6 +38,7 @@ def _advice(error: BaseException, options: TrainerOptions, batch_size: int) -> s
     cause = (str(error) or type(error).__name__).splitlines()[0]
     return (
         f"out of memory: {cause} Turn down dataset.batch_size={batch_size} (with trainer.accumulate_steps="
-        f"{2 * options.accumulate_steps} half of it is the same large batch), augmentation.num_local_views, "
-        "head.out_dim or the backbone; trainer.precision=bf16 takes about half of fp32"
+        f"{2 * options.accumulate_steps} half of it is the same large batch; `dino tune batch` finds what fits), "
+        "augmentation.num_local_views, head.out_dim or the backbone; trainer.memory=low takes less, more slowly, and "
+        "trainer.precision=bf16 less than fp32"
     )
