@@ -179,8 +179,8 @@ def packed(batches: Sequence[Tensor]) -> tuple[Tensor, Layout]:
 
 def unpacked(rows: Tensor, layout: Layout) -> list[Tensor]:
     """`[R, X]` -> `[N_i, T_i, X]`."""
-    sizes = [part.num_images * part.length for part in layout]
-    return [part.unflatten(0, shape) for part, shape in zip(torch.split(rows, sizes), layout, strict=True)]
+    parts = torch.split(rows, [images * length for images, length in layout])
+    return [part.view(images, length, -1) for part, (images, length) in zip(parts, layout, strict=True)]
 
 
 class PatchEmbedding(nn.Module):
