@@ -3,13 +3,19 @@
 Arguments are overrides, as of train.py, where a command composes a config.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Column, Table
+
+if TYPE_CHECKING:
+    import torch
+
+    from dino.augmentation import ViewBatch
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Looks at data, views, loss and checkpoints of runs."
@@ -98,6 +104,56 @@ def data_check(overrides: Overrides = None) -> None:
     Console().print(table)
     if report.num_unreadable or report.steps_per_epoch == 0:
         raise typer.Exit(1)
+
+
+@data.command("bench")
+def data_bench(
+    overrides: Overrides = None,
+    step: Annotated[bool, typer.Option("--step", help="also time training steps of this config")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object in place of the table")] = False,
+    seconds: Annotated[float, typer.Option(min=0.01, help="how long each part is measured [s]")] = 1.0,
+) -> None:
+    """Images/s of every stage from file to step, of the loader by its workers, and how many workers to use."""
+    import json
+
+    import torch
+
+    from dino.config import build
+    from dino.dataset import bench
+    from dino.launch import answering_bad_values
+    from dino.runtime import choose_device
+
+    config = _config(overrides)
+    with answering_bad_values():
+        options = build(config, "trainer")
+        if options.num_threads is not None:
+            torch.set_num_threads(options.num_threads)
+        device = choose_device(options.device)
+        dataset = build(config, "dataset")
+        mean, std = dataset.normalization()
+        augmentation = build(config, "augmentation", mean=mean, std=std)
+        train_step = _training_step(config, device, len(dataset.train())) if step else None
+        report = bench(dataset, augmentation, device, seed=config.seed, seconds=seconds, step=train_step)
+    if as_json:
+        typer.echo(json.dumps(report.as_dict()))
+        return
+    table = Table(Column(), Column(overflow="fold"), show_header=False, title=f"{dataset.name}: views for training")
+    for row in report.rows():
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _training_step(config: DictConfig, device: "torch.device", num_images: int) -> "Callable[[ViewBatch], object]":
+    """A step of a freshly initialised run, numbered from 0 again and again."""
+    from dino.config import build
+    from dino.runtime import Precision, set_seeds
+    from dino.training.assemble import build_step
+
+    options, batch_size = build(config, "trainer"), config.dataset.batch_size
+    set_seeds(config.seed)
+    steps_per_epoch = max(1, num_images // (batch_size * options.accumulate_steps))
+    step = build_step(config, options, Precision.choose(options.precision, device), steps_per_epoch, batch_size)
+    return lambda views: step(0, [views])
 
 
 @data.command("preview")

@@ -8,9 +8,10 @@ kernels, and round to uint8 after each.
 Shapes: B images, V views of one size, C channels, H x W image size, S view size.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, Literal
 
 import numpy as np
@@ -98,6 +99,18 @@ def crop(
     return crop_one_by_one(images, boxes, flips, size, interpolation)
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Crops are too small to be shared between threads, which would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def crop_one_by_one(
     images: Tensor | Sequence[Tensor], boxes: Ints, flips: Bools, size: int, interpolation: Interpolation
 ) -> Tensor:

@@ -66,7 +66,7 @@ def apply_photometric(
     """
     # Blur is a matrix product, which autocast would round to bfloat16.
     with torch.autocast(images.device.type, enabled=False):
-        floats = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
+        floats = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         if parameters is None:
             return _normalise(floats, settings.mean, settings.std)
         by_matrix = settings.jitters_by_matrix(images.shape[1])

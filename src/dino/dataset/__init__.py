@@ -1,6 +1,7 @@
 """Images: where they come from, in which order, and how they reach training and evaluation."""
 
 from dino.dataset.base import ImageDataset, Splits
+from dino.dataset.bench import BenchReport, bench
 from dino.dataset.check import DatasetReport, check
 from dino.dataset.digits import Digits
 from dino.dataset.evaluation_loader import EvaluationLoader
@@ -14,6 +15,7 @@ __all__ = [
     "CIFAR10",
     "CIFAR100",
     "STL10",
+    "BenchReport",
     "DatasetReport",
     "Digits",
     "EvaluationLoader",
@@ -32,6 +34,7 @@ __all__ = [
     "SubsetSource",
     "TrainLoader",
     "UnreadableImage",
+    "bench",
     "check",
     "spread_indices",
     "steps_per_epoch",
