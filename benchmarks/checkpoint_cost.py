@@ -31,10 +31,11 @@ from dino.training.checkpoint import CheckpointStore
 from dino.training.step import TrainStep
 
 
-def make_step(batch: int) -> TrainStep:
-    config = compose(["dataset=imagenet", "backbone=vit_s16", "head.out_dim=65536", "optimizer=adamw"])
+def make_step(options: argparse.Namespace) -> TrainStep:
+    settings = [f"backbone={options.backbone}", f"head.out_dim={options.out_dim}", "optimizer=adamw"]
+    config = compose(["dataset=imagenet", *settings])
     set_seeds(0)
-    return build_step(config, build(config, "trainer"), Precision("fp32", torch.device("cpu")), 1000, batch)
+    return build_step(config, build(config, "trainer"), Precision("fp32", torch.device("cpu")), 1000, options.batch)
 
 
 def random_views(batch: int, num_local_views: int) -> ViewBatch:
@@ -58,7 +59,7 @@ def state_of(step: TrainStep) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    step, views = make_step(options.batch), random_views(options.batch, options.local_views)
+    step, views = make_step(options), random_views(options.batch, options.local_views)
     store, numbers = CheckpointStore(directory, keep=1), iter(range(10**9))
 
     def block() -> float:
@@ -110,6 +111,8 @@ def summary(pairs: list[dict[str, float]], options: argparse.Namespace) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--backbone", default="vit_s16", help="of conf/backbone, at 224 pixels")
+    parser.add_argument("--out-dim", type=int, default=65536, help="prototypes")
     parser.add_argument("--batch", type=int, default=2, help="images a step")
     parser.add_argument("--local-views", type=int, default=2)
     parser.add_argument("--block-steps", type=int, default=5, help="steps a block; a write must end within one")
@@ -121,7 +124,10 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(prefix="checkpoint_cost_") as directory:
         measured = measure(options, Path(directory))
-    given = {name: getattr(options, name) for name in ("batch", "local_views", "block_steps", "every_steps")}
+    given = {
+        name: getattr(options, name)
+        for name in ("backbone", "out_dim", "batch", "local_views", "block_steps", "every_steps")
+    }
     versions = {name: provenance()[name] for name in ("torch", "commit")}
     print(json.dumps(measured | given | {"threads": torch.get_num_threads(), **versions}))
 

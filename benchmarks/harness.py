@@ -278,6 +278,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
+def num_ranks(batch: int) -> int:
+    """As many ranks as there are cores, at least two, where each gets the same share of a batch."""
+    return max(ranks for ranks in range(1, max(2, NUM_CORES) + 1) if batch % ranks == 0)
+
+
 def _environments(contender: Contender) -> list[dict[str, str]]:
     """The environment of each rank."""
     base = os.environ | {"OMP_NUM_THREADS": str(contender.threads), "LIGHTLY_DID_VERSION_CHECK": "True"}

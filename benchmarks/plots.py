@@ -12,18 +12,20 @@ COLOURS = {"baseline": "#8c8c8c", "lightly": "#d98b2b", "ours": "#2b6cb0"}
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> Path | None:
-    """Writes a PNG of those results that are comparisons; None where there are none."""
-    comparisons = [result for result in results if "contenders" in result]
+    """Writes a PNG of those results that are comparisons or curves; None where there are none."""
     families: dict[str, list[dict[str, Any]]] = {}
-    for comparison in comparisons:
-        families.setdefault(comparison["facts"].get("axis", comparison["name"]), []).append(comparison)
+    for result in results:
+        if "contenders" in result or "curves" in result:
+            families.setdefault(result.get("facts", {}).get("axis", result["name"]), []).append(result)
     if not families:
         return None
     columns = min(3, len(families))
     rows = -(-len(families) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.6 * rows), squeeze=False)
     for axis, (title, family) in zip(axes.flat, families.items(), strict=False):
-        if "axis" in family[0]["facts"]:
+        if "curves" in family[0]:
+            _curves(axis, family[0])
+        elif "axis" in family[0]["facts"]:
             _lines(axis, title, family)
         else:
             _bars(axis, family[0])
@@ -60,6 +62,16 @@ def _lines(axis: Any, title: str, family: list[dict[str, Any]]) -> None:
     axis.set_ylim(bottom=0)
     axis.set_title(title, fontsize=9)
     axis.set_ylabel(family[0]["unit"], fontsize=8)
+    axis.legend(fontsize=8)
+    axis.tick_params(labelsize=8)
+
+
+def _curves(axis: Any, result: dict[str, Any]) -> None:
+    for number, (name, curve) in enumerate(result["curves"].items()):
+        axis.plot(*zip(*curve, strict=True), "o-", label=name, color=_colour(name), alpha=1 / (1 + number // 2))
+    axis.set_title(result["name"], fontsize=9)
+    axis.set_xlabel("seconds of training", fontsize=8)
+    axis.set_ylabel("k-NN top-1 [%]", fontsize=8)
     axis.legend(fontsize=8)
     axis.tick_params(labelsize=8)
 

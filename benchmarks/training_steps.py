@@ -96,12 +96,12 @@ class StepWork:
 class OurStep(StepWork):
     """What `python train.py` would do."""
 
-    def __init__(self, config: DictConfig, device: torch.device) -> None:
+    def __init__(self, config: DictConfig, device: torch.device, steps_per_epoch: int = STEPS_PER_EPOCH) -> None:
         super().__init__(random_views(config, device))
         options = build(config, "trainer")
         precision = Precision.choose(options.precision, device)
         set_seeds(0)
-        self.train_step = build_step(config, options, precision, STEPS_PER_EPOCH, config.dataset.batch_size)
+        self.train_step = build_step(config, options, precision, steps_per_epoch, config.dataset.batch_size)
 
     def train(self) -> Tensor:
         return self.train_step(self.step, [self.views]).loss

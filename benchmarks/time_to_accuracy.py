@@ -1,0 +1,180 @@
+"""Seconds of training to a k-NN accuracy on Fashion-MNIST, with the recipe of `experiment=fashion_mnist` for both.
+
+Network, initial weights, schedules, batch, loss and augmentation are the same. The baseline makes its views by PIL in
+as many workers as there are cores; ours has all cores in one process, or in ranks of one core each with a share of the
+batch. They train in turns, an epoch each. After every epoch the same function classifies the held-out images by their
+nearest neighbours; that, and starting up, is not in the time. Nobody logs or saves.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from benchmarks.harness import NUM_CORES, Contender, Running, num_ranks
+from benchmarks.options import Options
+from benchmarks.training_steps import OurStep, baseline_training
+from benchmarks.views import PILImages, baseline_transform, make_augmentation
+from dino import ranks
+from dino.config import build, compose
+from dino.dataset import ImageDataset, TrainLoader
+from dino.evaluation.features import extract_features
+from dino.evaluation.knn import knn_classify
+from dino.evaluation.splits import evaluation_loader, limited
+from dino.schedule import scaled_lr
+
+NEIGHBOURS = 20
+BANK = 20_000  # training images that vote; the held-out images are all classified
+
+
+def measure(options: Options) -> list[dict[str, Any]]:
+    settings = {"root": str(options.data.expanduser().absolute()), "epochs": options.epochs, "steps": None}
+    if options.quick:
+        settings |= {"epochs": 1, "steps": 2}
+    several = num_ranks(compose(["experiment=fashion_mnist"]).dataset.batch_size)
+    contenders = [
+        Contender("baseline", "benchmarks.time_to_accuracy:Baseline", settings, threads=1),
+        Contender("ours", "benchmarks.time_to_accuracy:Ours", settings),
+        Contender(f"ours, {several} ranks", "benchmarks.time_to_accuracy:Ours", settings, threads=1, ranks=several),
+    ]
+    running = {contender.name: Running(contender, "cpu") for contender in contenders}
+    try:
+        for process in running.values():
+            process.wait_until_ready()
+        curves = {name: [[0.0, process.ask("answer")[0]["answer"]]] for name, process in running.items()}
+        for _ in range(settings["epochs"]):
+            for name, process in running.items():
+                seconds = process.sample(1, untimed=0)["seconds"][0]
+                accuracy = process.ask("answer")[0]["answer"]
+                curves[name].append([curves[name][-1][0] + seconds, accuracy])
+    finally:
+        for process in running.values():
+            process.end()
+    return [summarise(curves)]
+
+
+def summarise(curves: dict[str, list[list[float]]]) -> dict[str, Any]:
+    """When each reaches what all reach, and the curves."""
+    reached = min(max(accuracy for _, accuracy in curve) for curve in curves.values())
+    seconds = {name: seconds_to(reached, curve) for name, curve in curves.items()}
+    rows = [
+        [
+            name,
+            f"{curve[-1][0]:.0f}",
+            f"{curve[-1][1]:.1f} %",
+            f"{seconds[name]:.0f}",
+            f"{seconds['baseline'] / seconds[name]:.2f}" if seconds[name] else "",
+        ]
+        for name, curve in curves.items()
+    ]
+    columns = ["", "seconds in all", "k-NN at the end", f"seconds to {reached:.1f} %", "times baseline"]
+    return {"name": "Fashion-MNIST", "columns": columns, "rows": rows, "curves": curves}
+
+
+def seconds_to(accuracy: float, curve: list[list[float]]) -> float:
+    """When a curve of (seconds, accuracy) first reaches `accuracy`, on straight lines between its points."""
+    if curve[0][1] >= accuracy:
+        return curve[0][0]
+    for (start, low), (end, high) in itertools.pairwise(curve):
+        if high >= accuracy:
+            return start + (end - start) * (accuracy - low) / (high - low)
+    raise ValueError(f"{accuracy} is never reached")
+
+
+class Recipe:
+    """Trains an epoch a call; the answer is the k-NN accuracy of the teacher now [%]."""
+
+    def __init__(self, device: torch.device, root: str, epochs: int, steps: int | None) -> None:
+        world_size = ranks.world_size()
+        self.config: DictConfig = compose(
+            [
+                *("experiment=fashion_mnist", f"dataset.root={root}", f"trainer.epochs={epochs}"),
+                f"trainer.limit_steps_per_epoch={'null' if steps is None else steps}",
+            ]
+        )
+        batch = self.config.dataset.batch_size
+        self.config.dataset.batch_size = batch // world_size
+        self.device, self.epoch = device, 0
+        self.dataset: ImageDataset = build(self.config, "dataset")
+        self.num_evaluated = None if steps is None else 64
+
+    def __call__(self) -> None:
+        self.train_epoch(self.epoch)
+        self.epoch += 1
+
+    def train_epoch(self, epoch: int) -> None:
+        raise NotImplementedError
+
+    def teacher_backbone(self) -> nn.Module:
+        raise NotImplementedError
+
+    def answer(self) -> float:
+        splits = self.dataset.evaluation()
+        assert splits is not None
+        mean, std = self.dataset.normalization()
+        features = []
+        for split, limit in zip(splits, (self.num_evaluated or BANK, self.num_evaluated), strict=True):
+            loader = evaluation_loader(limited(split, limit), self.dataset)
+            features += extract_features(self.teacher_backbone(), loader, self.device, mean=mean, std=std)
+        return knn_classify(*features, 10, [NEIGHBOURS])[NEIGHBOURS].top1
+
+
+class Ours(Recipe):
+    """What `python train.py experiment=fashion_mnist` does between two evaluations."""
+
+    def __init__(self, device: torch.device, root: str, epochs: int, steps: int | None) -> None:
+        super().__init__(device, root, epochs, steps)
+        self.augmentation = make_augmentation(self.config)
+        self.loader = TrainLoader(
+            self.dataset, self.augmentation, seed=0, rank=ranks.rank(), world_size=ranks.world_size()
+        )
+        self.steps_per_epoch = steps or self.loader.num_batches
+        self.step = OurStep(self.config, device, self.steps_per_epoch).train_step
+        self.number = 0
+
+    def train_epoch(self, epoch: int) -> None:
+        for batch in itertools.islice(self.loader.epoch(epoch), self.steps_per_epoch):
+            self.step(self.number, [self.augmentation.photometric(batch)])
+            self.number += 1
+
+    def teacher_backbone(self) -> nn.Module:
+        return self.step.model.teacher.backbone
+
+
+class Baseline(Recipe):
+    """The textbook's step fed by a DataLoader of PIL views, on the schedules of the recipe."""
+
+    def __init__(self, device: torch.device, root: str, epochs: int, steps: int | None) -> None:
+        super().__init__(device, root, epochs, steps)
+        images = self.dataset.train().images
+        assert images is not None
+        batch = self.config.dataset.batch_size
+        self.loader = torch.utils.data.DataLoader(
+            PILImages(images, baseline_transform(self.config)),
+            batch,
+            shuffle=True,
+            drop_last=True,
+            num_workers=NUM_CORES,
+            persistent_workers=True,
+        )
+        self.steps_per_epoch = steps or len(self.loader)
+        self.training = baseline_training(self.config, "fp32", device)
+        self.backbone = build(self.config, "backbone")
+        span = {"epochs": epochs, "steps_per_epoch": self.steps_per_epoch}
+        lr = scaled_lr(self.config.optimizer.lr, batch, self.config.trainer.lr_reference_batch)
+        names = ("weight_decay", "teacher_momentum", "teacher_temp")
+        self.schedules = {name: build(self.config, f"schedule.{name}", **span) for name in names}
+        self.schedules["lr"] = build(self.config, "schedule.lr", base=lr, **span)
+
+    def train_epoch(self, epoch: int) -> None:
+        frozen = epoch < self.config.trainer.freeze_last_layer_epochs
+        for position, views in enumerate(itertools.islice(self.loader, self.steps_per_epoch)):
+            step = epoch * self.steps_per_epoch + position
+            scheduled = {name: schedule(step) for name, schedule in self.schedules.items()}
+            self.training(views, freeze_last_layer=frozen, **scheduled)
+
+    def teacher_backbone(self) -> nn.Module:
+        self.backbone.load_state_dict(self.training.teacher.backbone.state_dict())
+        return self.backbone

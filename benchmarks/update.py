@@ -1,0 +1,112 @@
+"""What follows the backward pass, for ViT-S/16 and a head of 65,536 prototypes: clipping, AdamW, moving average."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import baseline
+from benchmarks.harness import Contender, compare
+from benchmarks.options import Options
+from benchmarks.training_steps import LR, TEACHER_MOMENTUM, WEIGHT_DECAY, baseline_networks, compose_step
+from dino.config import build
+from dino.optimizer import EMA, clip_gradients, parameter_groups
+
+PARTS = {"clip": "Clipping of each gradient", "adamw": "AdamW", "ema": "Moving average", "all": "All three"}
+
+
+def measure(options: Options) -> list[dict[str, Any]]:
+    size: dict[str, Any] = {"backbone": "vit_s16", "out_dim": 65536}
+    if options.quick:
+        size = {"backbone": "vit_t16", "out_dim": 256, "depth": 1}
+    return [
+        compare(
+            title,
+            [
+                Contender(name, f"benchmarks.update:{make}", {"part": part, "size": size})
+                for name, make in (("baseline", "PlainUpdate"), ("ours", "OurUpdate"))
+            ],
+            options.sampling(rounds=9),
+            memory="none",
+        )
+        for part, title in PARTS.items()
+    ]
+
+
+class Update:
+    """One part, or all; the answer is the sum of the magnitudes of all parameters and gradients afterwards."""
+
+    def __init__(self, part: str, size: dict[str, Any], device: torch.device) -> None:
+        self.config = compose_step(**size)
+        torch.manual_seed(0)
+        self.student, self.teacher = baseline_networks(self.config, device)
+        self.teacher.requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self._trained():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+        # The smallest norm, so that every gradient is clipped; a little lower each time, so that it stays so.
+        self.clip_norm = min(float(torch.linalg.vector_norm(gradient)) for gradient in self._gradients())
+        self.parts = [self.clip, self.adamw, self.ema] if part == "all" else [getattr(self, part)]
+        self.optimizer = self.make_optimizer()
+
+    def __call__(self) -> None:
+        self.clip_norm *= 0.999
+        for part in self.parts:
+            part()
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        raise NotImplementedError
+
+    def clip(self) -> None:
+        raise NotImplementedError
+
+    def adamw(self) -> None:
+        self.optimizer.step()
+
+    def ema(self) -> None:
+        raise NotImplementedError
+
+    def answer(self) -> float:
+        """After one repetition more than were made; contenders are asked after equally many."""
+        self()
+        return float(sum(tensor.abs().sum(dtype=torch.float64) for tensor in self._tensors()))
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._trained() if parameter.grad is not None]
+
+    def _tensors(self) -> list[Tensor]:
+        networks = (*self.student.parameters(), *self.teacher.parameters())
+        return [*(parameter.detach() for parameter in networks), *self._gradients()]
+
+
+class PlainUpdate(Update):
+    """Loops over the parameters."""
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(baseline.parameter_groups(self.student), lr=LR, weight_decay=WEIGHT_DECAY)
+
+    def clip(self) -> None:
+        baseline.clip_gradients(self.student, self.clip_norm)
+
+    def ema(self) -> None:
+        baseline.update_teacher(self.student, self.teacher, TEACHER_MOMENTUM)
+
+
+class OurUpdate(Update):
+    """What the training step calls."""
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        self.moving_average: EMA = build(self.config, "ema")
+        optimizer: torch.optim.Optimizer = build(self.config, "optimizer")(parameter_groups(self.student))
+        for group in optimizer.param_groups:
+            group["lr"] = LR
+        return optimizer
+
+    def clip(self) -> None:
+        clip_gradients(self.student.parameters(), self.clip_norm)
+
+    def ema(self) -> None:
+        self.moving_average.update(self.student, self.teacher, TEACHER_MOMENTUM)
