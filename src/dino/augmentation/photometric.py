@@ -104,12 +104,11 @@ def _plan_jitter(parameters: PhotometricParameters) -> list[Application]:
     orders = torch.tensor([[JITTER_OPERATIONS.index(name) for name in order] for order in JITTER_ORDERS])
     order = orders[parameters.order]  # [N, 4], operation at each place
     applied_at = applied.gather(1, order)
-    # An image's n-th operation, not counting those that are neutral.
-    turn = torch.where(applied_at, applied_at.cumsum(1), 0)
+    # The turn of each operation of an image, from 1, not counting those that are neutral, which have 0.
+    turn = torch.zeros_like(order).scatter_(1, order, applied_at.cumsum(1) * applied_at)
+    used = [o for o, some in enumerate(applied.any(dim=0).tolist()) if some]
     return [
-        _application(name, ((turn == k) & (order == o)).any(dim=1), factors[o])
-        for k in range(1, len(JITTER_OPERATIONS) + 1)
-        for o, name in enumerate(JITTER_OPERATIONS)
+        _application(JITTER_OPERATIONS[o], turn[:, o] == k, factors[o]) for k in range(1, len(used) + 1) for o in used
     ]
 
 
