@@ -1,5 +1,6 @@
 """Every operation against torchvision's float functional (blur: Pillow), one sample at a time."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from dino.augmentation import photometric
-from dino.augmentation.photometric import PhotometricSettings, apply_photometric
+from dino.augmentation.photometric import JitterForm, PhotometricSettings, apply_photometric
 from dino.augmentation.views import JITTER_ORDERS, PhotometricParameters
 
 
@@ -168,15 +169,17 @@ def test_nothing_is_rounded_under_autocast() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_cuda_the_values_agree_and_nothing_waits() -> None:
+@pytest.mark.parametrize("jitter_form", ["exact", "matrix"])
+def test_on_cuda_the_values_agree_and_nothing_waits(jitter_form: JitterForm) -> None:
+    settings = dataclasses.replace(PLAIN, jitter_form=jitter_form)
     images, given = pictures(32, size=40), drawn(32)
-    expected = apply_photometric(images, given, PLAIN)
+    expected = apply_photometric(images, given, settings)
     on_device = images.cuda()
-    apply_photometric(on_device, given, PLAIN)  # the first call loads kernels
+    apply_photometric(on_device, given, settings)  # the first call loads kernels
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ours = apply_photometric(on_device, given, PLAIN)
+        ours = apply_photometric(on_device, given, settings)
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     torch.testing.assert_close(ours.cpu(), expected, atol=2e-3, rtol=0)

@@ -93,7 +93,9 @@ def test_on_a_set_in_memory_with_a_step_as_json() -> None:
     assert report["limit"] in report["stages"]
     assert report["step_s"] > 0
     assert report["batch_size"] == 64
-    assert [loader["num_workers"] for loader in report["loaders"]] == counts_to_try(report["num_cores"])
+    tried = [loader["num_workers"] for loader in report["loaders"]]
+    assert tried == counts_to_try(report["num_cores"])[: len(tried)]
+    assert len(tried) >= 2
     assert all(0 <= loader["wait_share"] <= 1 for loader in report["loaders"])
     assert all(loader["images_per_s"] > 0 for loader in report["loaders"])
 

@@ -115,7 +115,7 @@ def bench(
     Args:
         seconds: about how long each of these is measured.
         step: one training step on float views on `device`; its results are of no interest.
-        worker_counts: numbers of workers to try; None: 0, 1, 2, 4 ... and all usable cores.
+        worker_counts: numbers of workers to try, until more bring nothing; None: 0, 1, 2, 4 ... and all usable cores.
 
     Raises:
         ValueError: there are not enough images for one batch, or none of a batch can be read.
@@ -134,6 +134,8 @@ def bench(
                 None if step_s is None else wait_share(batch_s, handing_over, step_s, num_workers),
             )
         )
+        if _enough(loaders):
+            break
     return BenchReport(
         name=dataset.name,
         device=device.type,
@@ -171,6 +173,17 @@ def advised(loaders: Sequence[LoaderSpeed]) -> int:
         return min(x.num_workers for x in loaders if x.wait_share is not None and x.wait_share <= enough)
     fastest = max(loader.images_per_s for loader in loaders)
     return min(loader.num_workers for loader in loaders if loader.images_per_s >= GOOD_ENOUGH * fastest)
+
+
+def _enough(loaders: Sequence[LoaderSpeed]) -> bool:
+    """Whether more workers need not be tried: a step hardly waits, or the last ones brought nothing."""
+    *before, last = loaders
+    if last.num_workers == 0:
+        return False
+    if last.wait_share is not None and last.wait_share <= SMALL_WAIT:
+        return True
+    fewer = max((loader.images_per_s for loader in before if loader.num_workers), default=0.0)
+    return GOOD_ENOUGH * last.images_per_s < fewer
 
 
 # ---------------------------------------------------------------------- measuring
