@@ -7,7 +7,7 @@ Blocks of `monitor.every_steps` steps with and without the logged step's statist
 slows down slows both. One JSON line:
 
     step_s     seconds a step without statistics (median over blocks)
-    look_s     seconds that the statistics of one logged step take (median)
+    look_s     seconds by which a logged step with its statistics is longer than `step_s` (median)
     share      look_s / (every_steps * step_s)
     ratio      seconds of a block with statistics over the one before it (median over pairs); 1 + share but for noise
     pairs      the seconds of every pair of blocks
@@ -61,27 +61,28 @@ def random_views(trainer: Trainer) -> ViewBatch:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     trainer = make_trainer(options.setting, folder)
     views, every_steps = random_views(trainer), trainer.monitor.every_steps
-    looks: list[float] = []
+    logged: list[float] = []
 
     def block(watched: bool) -> float:
         started = time.perf_counter()
-        for _ in range(every_steps):
-            output = trainer.train_step(trainer.step, [views])
-            trainer.step += 1
-        if watched:
+        for number in range(every_steps):
+            observe = watched and number == every_steps - 1
             before = time.perf_counter()
-            trainer._log_statistics(output)
-            looks.append(time.perf_counter() - before)
+            output = trainer.train_step(trainer.step, [views], observe=observe)
+            trainer.step += 1
+            if observe:
+                trainer._log_statistics(output)
+                logged.append(time.perf_counter() - before)
         if trainer.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
     trainer._start()
     block(watched=True)  # warm, and brings the state of AdamW
-    looks.clear()
+    logged.clear()
     pairs = [{"without_s": block(watched=False), "with_s": block(watched=True)} for _ in range(options.pairs)]
     step_s = statistics.median(pair["without_s"] for pair in pairs) / every_steps
-    look_s = statistics.median(looks)
+    look_s = statistics.median(logged) - step_s
     return {
         "step_s": round(step_s, 5),
         "look_s": round(look_s, 5),
