@@ -43,6 +43,7 @@ UNRELATED_TO_RESULTS = (
     "augmentation.photometric_device",
     "loss.implementation",
     "trainer.device",
+    "trainer.memory",
     "trainer.max_steps",
     "trainer.limit_evaluation_samples",
     "trainer.num_threads",

@@ -175,6 +175,7 @@ RULES: dict[str, Rule] = {
     "trainer.freeze_last_layer_epochs": AT_LEAST_0,
     "trainer.device": one_of("auto", "cpu", "cuda"),
     "trainer.precision": one_of("auto", "fp32", "bf16", "fp16"),
+    "trainer.memory": one_of("fast", "balanced", "low"),
     "trainer.compile": FLAG,
     "trainer.num_threads": AT_LEAST_1_OR_NULL,
     "trainer.save_every_steps": AT_LEAST_1_OR_NULL,

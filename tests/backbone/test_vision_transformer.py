@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dino.backbone import VisionTransformer
 from dino.backbone.positions import resize_positions
-from dino.backbone.vision_transformer import DropPath, Sequences, unpacked
+from dino.backbone.transformer import DropPath, Sequences, unpacked
 
 
 def tiny(**changes: Any) -> VisionTransformer:
@@ -146,7 +146,9 @@ def test_drop_path_drops_samples_at_its_rate_and_keeps_the_mean() -> None:
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
         layout = [Sequences(15_000, 3), Sequences(5_000, 3)]
-        dropped = DropPath(0.3)(torch.ones(60_000, 2, dtype=dtype), layout).float().unflatten(0, (20_000, 3))
+        scales = DropPath(0.3)(layout, torch.ones(60_000, 2, dtype=dtype))
+        assert scales is not None
+        dropped = scales.float().unflatten(0, (20_000, 3))
         per_sample = dropped[:, 0, 0]
         assert torch.equal(dropped, per_sample[:, None, None].expand_as(dropped)), "one draw per sample"
         assert (per_sample == 0).float().mean().item() == pytest.approx(0.3, abs=0.015)  # 4.6 standard deviations
@@ -162,7 +164,7 @@ def test_drop_path_grows_linearly_and_draws_anew_for_each_branch() -> None:
     tokens = torch.randn(20_000, 16)
     torch.manual_seed(1)
     with torch.no_grad():
-        output = block(tokens, layout)
+        output = block.run(tokens, layout)
         attended = block.attn(block.norm1(tokens), layout)
         middles = {False: tokens, True: tokens + 2 * attended}
         seen = torch.zeros(3500, dtype=torch.long)

@@ -4,6 +4,7 @@ from dino.backbone.base import Backbone
 from dino.backbone.convolutional import ConvolutionalBackbone
 from dino.backbone.layouts import from_original_names, original_names
 from dino.backbone.timm_models import TimmBackbone
+from dino.backbone.transformer import Recompute
 from dino.backbone.vision_transformer import VisionTransformer
 from dino.backbone.weights import LoadReport, load_weights
 
@@ -11,6 +12,7 @@ __all__ = [
     "Backbone",
     "ConvolutionalBackbone",
     "LoadReport",
+    "Recompute",
     "TimmBackbone",
     "VisionTransformer",
     "from_original_names",

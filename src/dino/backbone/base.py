@@ -3,20 +3,46 @@
 Shapes: N images, C channels, H x W pixels, D features.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from dino.backbone.transformer import Recompute
 
 
 class Backbone(nn.Module):
     """A network from images to features; batches of several sizes at once are one pass."""
 
+    recompute: Recompute = "nothing"  # of what the backward pass needs (`trainer.memory`)
     embed_dim: int  # D
     patch_size: int = 1  # both sides of an image must be multiples of it [pixels]
 
     def forward(self, *batches: Tensor) -> Tensor:
-        """Batches `[N_i, C, H_i, W_i]` -> their features, one batch below the other, `[sum N_i, D]`."""
-        features = [self.features_of(images) for images in batches]
+        """Batches `[N_i, C, H_i, W_i]` -> their features, one batch below the other, `[sum N_i, D]`.
+
+        Where anything is recomputed, it is one size at a time: the backward pass of each makes it again by itself.
+        """
+        features = [self._recomputed(images) for images in batches]
         return features[0] if len(features) == 1 else torch.cat(features)
+
+    def _recomputed(self, images: Tensor) -> Tensor:
+        if self.recompute == "nothing" or not torch.is_grad_enabled():
+            return self.features_of(images)
+        features: Tensor = checkpoint(
+            self.features_of,
+            images,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), _running_statistics_kept(self)),
+        )
+        return features
+
+    def compile_parts(self) -> None:
+        """Lets torch.compile at what is worth it: here the whole network."""
+        self.compile()
 
     def features_of(self, images: Tensor) -> Tensor:
         """`[N, C, H, W]` -> `[N, D]`."""
@@ -47,6 +73,19 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"backbone.image_size={image_size}: does not divide into patches of {self.patch_size}; use {nearest}"
             )
+
+
+@contextlib.contextmanager
+def _running_statistics_kept(network: nn.Module) -> Iterator[None]:
+    """Batch norms that see a batch for the second time count it once."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def nearest_sizes(size: int, patch_size: int) -> tuple[int, ...]:

@@ -3,20 +3,16 @@
 timm has the same network, but importing it takes longer (8 s) than a short run; `backbone=timm` is there for the rest.
 Parameter names and their order are the original's, so that its weights load as they are.
 
-Shapes: N images, C channels, H x W pixels, T = 1 + H/patch * W/patch tokens (class token first), D features,
-R = sum of N * T over the batches of one pass: rows of the one matrix in which the tokens of all of them lie.
+Shapes: N images, C channels, H x W pixels, T = 1 + H/patch * W/patch tokens (class token first), D features.
 """
-
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dino.backbone.base import Backbone, check_at_least
 from dino.backbone.layouts import State
 from dino.backbone.positions import resize_positions
+from dino.backbone.transformer import Block, attention_weights, packed, unpacked
 from dino.backbone.weights import load_initial_weights
 
 # Published by the authors of DINO and mirrored by timm: (embed_dim, depth, num_heads, patch_size) -> name there.
@@ -128,18 +124,18 @@ class VisionTransformer(Backbone):
         token is made of the last block, since nothing else is looked at.
         """
         tokens, layout = packed([self.prepare_tokens(images) for images in batches])
-        for block in self.blocks[:-1]:
-            tokens = block(tokens, layout)
-        features: Tensor = self.norm(self.blocks[-1](tokens, layout, class_tokens_only=True))
+        for block in self._blocks[:-1]:
+            tokens = block.run(tokens, layout, recompute=self.recompute)
+        last = self._blocks[-1].run(tokens, layout, class_tokens_only=True, recompute=self.recompute)
+        features: Tensor = self.norm(last)
         return features
 
     def last_attention(self, images: Tensor) -> Tensor:
         """`[N, C, H, W]` -> `[N, heads, T, T]`: the last block's attention after softmax, rows sum to 1."""
         tokens, layout = packed([self.prepare_tokens(images)])
-        for block in self.blocks[:-1]:
-            tokens = block(tokens, layout)
-        last = self.blocks[-1]
-        assert isinstance(last, Block)
+        for block in self._blocks[:-1]:
+            tokens = block.run(tokens, layout)
+        last = self._blocks[-1]
         ((query, key, _),) = last.attn.split_heads(last.norm1(tokens), layout)
         return attention_weights(query, key)
 
@@ -153,34 +149,20 @@ class VisionTransformer(Backbone):
             raise ValueError(f"n={n} last blocks: the backbone has {self.depth}")
         tokens, layout = packed([self.prepare_tokens(images)])
         outputs = []
-        for index, block in enumerate(self.blocks):
-            tokens = block(tokens, layout)
+        for index, block in enumerate(self._blocks):
+            tokens = block.run(tokens, layout)
             if index >= self.depth - n:
-                outputs.append(self.norm(tokens).unflatten(0, layout[0]))
+                outputs += unpacked(self.norm(tokens), layout)
         return outputs
 
+    @property
+    def _blocks(self) -> list[Block]:
+        return list(self.blocks)  # type: ignore[arg-type]
 
-class Sequences(NamedTuple):
-    """Some of the rows of a token matrix: the tokens of one batch, image by image."""
-
-    num_images: int  # N
-    length: int  # T
-
-
-Layout = Sequence[Sequences]
-
-
-def packed(batches: Sequence[Tensor]) -> tuple[Tensor, Layout]:
-    """Tokens `[N_i, T_i, D]` as one matrix `[R, D]`, and which rows are whose."""
-    layout = [Sequences(len(tokens), tokens.shape[1]) for tokens in batches]
-    rows = [tokens.flatten(0, 1) for tokens in batches]
-    return rows[0] if len(rows) == 1 else torch.cat(rows), layout
-
-
-def unpacked(rows: Tensor, layout: Layout) -> list[Tensor]:
-    """`[R, X]` -> `[N_i, T_i, X]`."""
-    parts = torch.split(rows, [images * length for images, length in layout])
-    return [part.view(images, length, -1) for part, (images, length) in zip(parts, layout, strict=True)]
+    def compile_parts(self) -> None:
+        """Block by block: one of them is compiled in seconds, and its code serves all."""
+        for block in self.blocks:
+            block.compile()
 
 
 class PatchEmbedding(nn.Module):
@@ -194,100 +176,3 @@ class PatchEmbedding(nn.Module):
         """`[N, C, H, W]` -> `[N, T - 1, D]`, row by row."""
         grid: Tensor = self.proj(images)
         return grid.flatten(2).transpose(1, 2)
-
-
-class Block(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and in a residual branch with stochastic depth."""
-
-    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float, drop_path_rate: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.attn = Attention(embed_dim, num_heads)
-        self.drop_path = DropPath(drop_path_rate)  # one rate; each call draws anew
-        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.mlp = MLP(embed_dim, int(embed_dim * mlp_ratio))
-
-    def forward(self, tokens: Tensor, layout: Layout, class_tokens_only: bool = False) -> Tensor:
-        """`[R, D]` -> `[R, D]`, or only its class tokens, `[sum N, D]`."""
-        branch = self.attn(self.norm1(tokens), layout, class_tokens_only)
-        if class_tokens_only:
-            tokens = torch.cat([part[:, 0] for part in unpacked(tokens, layout)])
-            layout = [Sequences(part.num_images, 1) for part in layout]
-        tokens = tokens + self.drop_path(branch, layout)
-        output: Tensor = tokens + self.drop_path(self.mlp(self.norm2(tokens)), layout)
-        return output
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention."""
-
-    def __init__(self, embed_dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
-        self.proj = nn.Linear(embed_dim, embed_dim)
-
-    def split_heads(self, tokens: Tensor, layout: Layout) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """`[R, D]` -> query, key, value of every batch, `[N, heads, T, D / heads]` each."""
-        batches = unpacked(self.qkv(tokens), layout)
-        shape = (3, self.num_heads, -1)
-        split = [torch.unflatten(part, -1, shape).permute(2, 0, 3, 1, 4) for part in batches]
-        return [(query, key, value) for query, key, value in split]
-
-    def forward(self, tokens: Tensor, layout: Layout, class_tokens_only: bool = False) -> Tensor:
-        """`[R, D]` -> `[R, D]`, or only what the class tokens become, `[sum N, D]`."""
-        mixed = []
-        for query, key, value in self.split_heads(tokens, layout):
-            asking = query[:, :, :1] if class_tokens_only else query
-            mixed.append(attention(asking, key, value).transpose(1, 2).flatten(2).flatten(0, 1))
-        projected: Tensor = self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
-        return projected
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v: `[N, heads, T', d]`, `[N, heads, T, d]` twice -> `[N, heads, T', d]`."""
-    if query.device.type == "cuda":
-        return F.scaled_dot_product_attention(query, key, value)
-    return attention_weights(query, key) @ value  # in bf16 several times as fast on a CPU, forward and backward
-
-
-def attention_weights(query: Tensor, key: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)): `[N, heads, T, d]` twice -> `[N, heads, T, T]`."""
-    scores: Tensor = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    return scores.softmax(dim=-1)
-
-
-class MLP(nn.Module):
-    """Two linear layers around an exact GELU, token by token."""
-
-    def __init__(self, embed_dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(embed_dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, embed_dim)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """`[R, D]` -> `[R, D]`."""
-        projected: Tensor = self.fc2(F.gelu(self.fc1(tokens)))
-        return projected
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training a sample's residual branch is zero with probability `drop_prob`, else scaled up."""
-
-    def __init__(self, drop_prob: float) -> None:
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def forward(self, branch: Tensor, layout: Layout) -> Tensor:
-        """`[R, D]` -> `[R, D]`, one draw per image."""
-        if self.drop_prob == 0 or not self.training:
-            return branch
-        keep = 1 - self.drop_prob
-        # bernoulli_, since comparing uniform numbers in bf16, as floor(keep + rand) does, would round the rate.
-        mask: Tensor = branch.new_empty(sum(part.num_images for part in layout), 1).bernoulli_(keep).div_(keep)
-        masks = torch.split(mask, [part.num_images for part in layout])
-        rows = [of_batch.expand(-1, part.length).flatten() for of_batch, part in zip(masks, layout, strict=True)]
-        return branch * torch.cat(rows)[:, None]
-
-    def extra_repr(self) -> str:
-        return f"drop_prob={self.drop_prob:g}"

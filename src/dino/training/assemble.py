@@ -12,10 +12,10 @@ from dino.dataset import TrainLoader
 from dino.model import MultiCropModel, StudentTeacher
 from dino.optimizer import parameter_groups
 from dino.run import Run
-from dino.runtime import Precision, choose_device, set_seeds
+from dino.runtime import Precision, choose_device, reuse_freed_memory, set_seeds
 from dino.schedule import scaled_lr
 from dino.start_up import StartUp
-from dino.training.options import TrainerOptions
+from dino.training.options import RECOMPUTED, TrainerOptions
 from dino.training.step import Schedules, TrainStep
 from dino.training.trainer import Trainer
 
@@ -35,6 +35,8 @@ def assemble(config: DictConfig, run: Run, start_up: StartUp | None = None) -> T
         torch.set_num_threads(options.num_threads)
     device = choose_device(options.device, run.processes.local_rank)
     precision = Precision.choose(options.precision, device)
+    if device.type == "cpu":
+        reuse_freed_memory()
     set_seeds(config.seed)  # every rank starts with the same networks
 
     dataset = build(config, "dataset")
@@ -97,9 +99,10 @@ def build_step(
     model.to(precision.device)
     model.check_wiring()
     student = over_ranks(model, precision.device)
+    model.student.backbone.recompute = RECOMPUTED[options.memory]
     if options.compile:
-        model.student.backbone.compile()
-        model.teacher.backbone.compile()
+        model.student.backbone.compile_parts()
+        model.teacher.backbone.compile_parts()
     images_per_step = batch_size * options.accumulate_steps * ranks.world_size()
     span = {"epochs": options.epochs, "steps_per_epoch": steps_per_epoch}
     reference = options.lr_reference_batch

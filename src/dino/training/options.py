@@ -1,7 +1,12 @@
 """The settings of `conf/trainer`, checked."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
+
+from dino.backbone import Recompute
+
+# `memory` -> what the backbone makes again in the backward pass rather than keep.
+RECOMPUTED: Final[dict[str, Recompute]] = {"fast": "nothing", "balanced": "part", "low": "all"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +28,7 @@ class TrainerOptions:
     freeze_last_layer_epochs: int = 1
     device: str = "auto"
     precision: str = "auto"
+    memory: Literal["fast", "balanced", "low"] = "fast"
     compile: bool = False
     num_threads: int | None = None
     save_every_steps: int | None = None
@@ -53,6 +59,8 @@ class TrainerOptions:
                 raise ValueError(f"trainer.{name}={value}: use a whole number of at least 1{null}")
         if self.clip_mode not in ("per_tensor", "global_norm"):
             raise ValueError(f"trainer.clip_mode={self.clip_mode}: use per_tensor or global_norm")
+        if self.memory not in RECOMPUTED:
+            raise ValueError(f"trainer.memory={self.memory}: use {', '.join(RECOMPUTED)}")
         if self.on_save_error not in ("warn", "stop"):
             raise ValueError(f"trainer.on_save_error={self.on_save_error}: use warn or stop")
         if self.max_skipped_steps < 0:
