@@ -51,8 +51,8 @@ def colour(views: Tensor, parameters: PhotometricParameters, settings: Photometr
 
 def _coloured(
     view: NDArray[np.uint8], drawn: dict[str, Any], matrix: NDArray[np.float32] | None, settings: PhotometricSettings
-) -> Pixels:
-    """uint8 [S, S, C], or [S, S, 1] where all channels are equal."""
+) -> Any:
+    """uint8 [S, S, C], as `view`."""
     pixels: Pixels = view.astype(np.float32, order="C")
     if matrix is not None:
         pixels = _clip(cv2.transform(pixels, matrix))
@@ -68,7 +68,8 @@ def _coloured(
         pixels = cv2.GaussianBlur(pixels, (side, side), sigma, borderType=cv2.BORDER_REPLICATE)
     if drawn["solarize"]:
         pixels = np.where(pixels >= settings.solarize_threshold, 255 - pixels, pixels)
-    return cv2.convertScaleAbs(pixels).reshape(*view.shape[:2], -1)  # rounds; no value is negative
+    rounded = cv2.convertScaleAbs(pixels)  # no value is negative
+    return cv2.cvtColor(rounded, cv2.COLOR_GRAY2RGB) if drawn["grayscale"] else rounded.reshape(view.shape)
 
 
 def _brightness(pixels: Pixels, factor: float) -> Pixels:
