@@ -79,13 +79,16 @@ class Backbone(nn.Module):
 def _running_statistics_kept(network: nn.Module) -> Iterator[None]:
     """Batch norms that see a batch for the second time count it once."""
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0  # takes nothing in
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.sub_(1)
 
 
 def nearest_sizes(size: int, patch_size: int) -> tuple[int, ...]:

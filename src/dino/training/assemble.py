@@ -101,6 +101,8 @@ def build_step(
     student = over_ranks(model, precision.device)
     model.student.backbone.recompute = RECOMPUTED[options.memory]
     if options.compile:
+        # Student, teacher and evaluation, the first, the last and the other blocks are code of their own.
+        torch._dynamo.config.recompile_limit = 64
         model.student.backbone.compile_parts()
         model.teacher.backbone.compile_parts()
     images_per_step = batch_size * options.accumulate_steps * ranks.world_size()
