@@ -36,9 +36,9 @@ lint: install  ## ruff
 types: install  ## mypy --strict on src/dino
 	$(BIN)/mypy --strict src/dino
 
-bench: install  ## what saving and watching cost the training loop, as lines of JSON; a few minutes on 2 cores
-	$(BIN)/python benchmarks/checkpoint_cost.py
-	$(BIN)/python benchmarks/statistics_cost.py quickstart
+bench: install  ## this project beside a textbook implementation and lightly: three quarters of an hour on 2 cores; BENCH="step --quick"
+	-$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[bench]"
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 slurm-up:  ## a real Slurm of two nodes on this machine, for trying sweeps (Debian: slurmctld slurmd slurm-client munge)
 	@tests/slurm/slurm-up.sh >/dev/null

@@ -8,7 +8,7 @@ import time
 import traceback
 from pathlib import Path
 
-from benchmarks import machine, results
+from benchmarks.harness import Unavailable
 from benchmarks.options import Options
 
 # In the order in which they run.
@@ -28,6 +28,8 @@ BENCHMARKS = (
 
 def main() -> None:
     arguments = _arguments()
+    from benchmarks import machine, results  # here: they take seconds
+
     folder = results.FOLDER
     if arguments.quick:
         folder = Path(tempfile.mkdtemp(prefix="quick_results_"))
@@ -51,10 +53,15 @@ def main() -> None:
 
 def _measure(name: str, options: Options, described: dict[str, object], folder: Path) -> bool:
     """Runs one benchmark and writes its result; false where it failed, and the others go on."""
+    from benchmarks import machine, results
+
     started = time.perf_counter()
     benchmark = importlib.import_module(f"benchmarks.{name}")
     try:
         measured = benchmark.measure(options)
+    except Unavailable as reason:
+        print(f"{name}: left out: {reason}", file=sys.stderr)
+        return True
     except Exception:
         traceback.print_exc()
         return False

@@ -39,7 +39,8 @@ def measure(options: Options) -> list[dict[str, Any]]:
         sampling = options.sampling(rounds=5, device="cpu")
         comparison = compare("First step of a process", contenders, sampling, memory="none", references=())
     small = ["--backbone", "vit_t16", "--out-dim", "256", "--pairs", "1"] if options.quick else []
-    saving = {"ViT-S/16, 65,536 prototypes": _script("checkpoint_cost", small)}
+    saved = _script("checkpoint_cost", small)
+    saving = {f"{saved['backbone']}, {saved['out_dim']:,} prototypes": saved}
     settings = ["quickstart"] if options.quick else ["quickstart", "vit_s16"]
     pairs = ["--pairs", "1"] if options.quick else ["--pairs", "3"]
     watching = {setting: _script("statistics_cost", [setting, *pairs]) for setting in settings}

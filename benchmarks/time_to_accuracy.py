@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from benchmarks.harness import NUM_CORES, Contender, Running, num_ranks
+from benchmarks.harness import NUM_CORES, Contender, Running, Unavailable, num_ranks
 from benchmarks.options import Options
 from benchmarks.training_steps import OurStep, baseline_training
 from benchmarks.views import PILImages, baseline_transform, make_augmentation
@@ -98,6 +98,10 @@ class Recipe:
         self.config.dataset.batch_size = batch // world_size
         self.device, self.epoch = device, 0
         self.dataset: ImageDataset = build(self.config, "dataset")
+        try:
+            self.dataset.train()
+        except ValueError as error:
+            raise Unavailable(f"{error}; for benchmarks --data FOLDER") from error
         self.num_evaluated = None if steps is None else 64
 
     def __call__(self) -> None:

@@ -15,7 +15,7 @@ from benchmarks import baseline
 from benchmarks.harness import Unavailable
 from dino.augmentation import ViewBatch
 from dino.config import build, compose
-from dino.runtime import Precision, set_seeds
+from dino.runtime import Precision, reuse_freed_memory, set_seeds
 from dino.training.assemble import build_step
 
 # What every step trains with; a schedule would change nothing of the time.
@@ -94,12 +94,13 @@ class StepWork:
 
 
 class OurStep(StepWork):
-    """What `python train.py` would do."""
+    """What `python train.py` would do, allocator included."""
 
     def __init__(self, config: DictConfig, device: torch.device, steps_per_epoch: int = STEPS_PER_EPOCH) -> None:
         super().__init__(random_views(config, device))
         options = build(config, "trainer")
         precision = Precision.choose(options.precision, device)
+        as_in_a_run(device)
         set_seeds(0)
         self.train_step = build_step(config, options, precision, steps_per_epoch, config.dataset.batch_size)
 
@@ -190,6 +191,12 @@ def plain(device: torch.device, precision: str, **settings: Any) -> BaselineStep
 
 def lightly(device: torch.device, precision: str, **settings: Any) -> LightlyStep:
     return LightlyStep(compose_step(**settings), precision, device)
+
+
+def as_in_a_run(device: torch.device) -> None:
+    """What `assemble` does to the process of a run."""
+    if device.type == "cpu":
+        reuse_freed_memory()
 
 
 def baseline_networks(config: DictConfig, device: torch.device) -> tuple[baseline.MultiCrop, baseline.MultiCrop]:
