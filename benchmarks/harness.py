@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Sampling:
     seconds: float = 1.0  # a sample repeats the work for about so long
     warmup: int = 2  # repetitions before the first sample
     device: str = "auto"
+    max_threads: int = NUM_CORES
 
 
 class ContenderError(RuntimeError):
@@ -163,6 +164,7 @@ def compare(
         references: the contenders that the others are compared with.
         facts: what else belongs to the comparison, kept with it.
     """
+    contenders = [replace(one, threads=min(one.threads, sampling.max_threads)) for one in contenders]
     started = {contender.name: Running(contender, sampling.device) for contender in contenders}
     running: dict[str, Running] = {}
     left_out: dict[str, str] = {}

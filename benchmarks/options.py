@@ -1,11 +1,12 @@
 """What the command line of `run.py` settles for every benchmark."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.harness import Sampling
 
-QUICK = Sampling(rounds=2, seconds=0.02, warmup=1)
+# One thread, as the threads of tiny steps wait for each other for longer than they work.
+QUICK = Sampling(rounds=2, seconds=0.02, warmup=1, max_threads=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,5 +33,5 @@ class Options:
         """Of a comparison that wants `rounds` samples of about `seconds`."""
         device = self.device if device is None else device
         if self.quick:
-            return Sampling(QUICK.rounds, QUICK.seconds, QUICK.warmup, device)
+            return replace(QUICK, device=device)
         return Sampling(self.rounds or rounds, seconds, device=device)
