@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino.loss.centering import Centering, EMACentering
-from dino.loss.fused import fused_cross_entropies
+from dino.loss.fused import cross_entropies_of_logits, cross_entropies_of_projection
 from dino.loss.koleo import koleo_loss
 from dino.loss.precision import at_least_float32, no_autocast
 from dino.loss.sliced import SlicedSettings, sliced_cross_entropies
@@ -74,8 +74,8 @@ class DINOLoss(nn.Module):
         koleo_weight: weight of the KoLeo term, a mean over the student's global views; 0 turns it off. (DINOv2 sums
             over its two views, so its 0.1 is 0.2 here.)
         implementation: of the cross-entropies, all of one value. `plain`: the formula, by autograd. `fused`: from whole
-            logits without copies of them. `sliced`: logits are made slice by slice and never held. `auto`: `sliced`
-            where the loss is given what logits are made of and the centering allows it, otherwise `fused`.
+            logits without copies of them. `sliced`: logits are made slice by slice and never held; slower, in less
+            memory. `auto`: `fused`, or `sliced` after `save_memory`.
 
     Raises:
         ValueError: for a value out of its range.
@@ -142,6 +142,11 @@ class DINOLoss(nn.Module):
                 total = total + self.koleo_weight * koleo
         return LossTerms(total, global_term, local_term, koleo, weights, teacher_sum, _shape(teacher)[0])
 
+    def save_memory(self) -> None:
+        """Makes of `auto` what takes the least memory."""
+        if self.implementation == "auto" and isinstance(self.centering, EMACentering):
+            self.implementation = "sliced"
+
     def observe(self, terms: LossTerms) -> None:
         """Collects what one micro-batch showed."""
         self.centering.observe(terms.teacher_sum, terms.num_rows)
@@ -160,21 +165,23 @@ class DINOLoss(nn.Module):
         self, student: Tensor | Projection, teacher: Tensor | Projection, num_global_views: int, teacher_temp: float
     ) -> tuple[Tensor, Tensor]:
         """Of every student view, with all teacher views but the same one, [V]; and the sum of teacher logits [1, K]."""
-        from_rows = isinstance(student, Projection) and isinstance(teacher, Projection)
-        if from_rows and isinstance(self.centering, EMACentering) and self.implementation in ("auto", "sliced"):
-            assert isinstance(student, Projection)
-            assert isinstance(teacher, Projection)
+        if self.implementation == "sliced":
+            assert isinstance(self.centering, EMACentering)
+            if isinstance(student, Tensor) or isinstance(teacher, Tensor):
+                raise ValueError("loss.implementation=sliced takes what logits are made of, not logits")
             settings = SlicedSettings(num_global_views, self.student_temp, teacher_temp)
             return sliced_cross_entropies(student, teacher, self.centering.center, settings)
         plain = self.implementation == "plain"
-        student_logits, teacher_logits = _logits(student, plain), _logits(teacher, plain)
         with torch.no_grad():
+            teacher_logits = _logits(teacher, plain)
             targets = self.centering.targets(teacher_logits, teacher_temp)  # [G*B, K]
             teacher_sum = at_least_float32(teacher_logits).sum(dim=0, keepdim=True)
         if plain:
-            return self._plain(student_logits, targets.chunk(num_global_views)), teacher_sum
-        own = isinstance(student, Projection)  # then nobody else has seen these logits
-        losses = fused_cross_entropies(student_logits, targets, num_global_views, self.student_temp, overwrite=own)
+            losses = self._plain(_logits(student, plain), targets.chunk(num_global_views))
+        elif isinstance(student, Projection):
+            losses = cross_entropies_of_projection(student, targets, num_global_views, self.student_temp)
+        else:
+            losses = cross_entropies_of_logits(student, targets, num_global_views, self.student_temp)
         return losses, teacher_sum
 
     def _plain(self, student_logits: Tensor, targets: Sequence[Tensor]) -> Tensor:

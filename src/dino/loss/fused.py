@@ -1,9 +1,10 @@
 """The cross-entropies of all pairs from whole logits, without copies of them.
 
-Some images are handled at a time, so that what is made of their logits stays in a cache. The backward pass makes it
-again rather than keep it.
+Some images are handled at a time, so that what is made of their logits stays in a cache. Their gradient is made in the
+same visit and kept for the backward pass, in the place of the logits where nobody else sees them.
 
-Shapes: B images, G global views, V views, c images of a chunk, K prototypes. Logits are view-major.
+Shapes: B images, G global views, V views, N = V*B rows, c images of a chunk, K prototypes, b bottleneck. Rows are
+view-major.
 """
 
 from collections.abc import Iterator
@@ -13,82 +14,120 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dino.loss.precision import at_least_float32
+from dino.loss.precision import at_least_float32, no_autocast
+from dino.model.projection import DirectionGradients, Projection, scaled_prototypes, slices
 
-CHUNK_ON_CPU: Final = 2**21  # logits of a chunk, at least those of one image: 8 MB in float32
+CHUNK_ON_CPU: Final = 2**20  # logits of a chunk, at least those of one image: 4 MB in float32
 CHUNK_ON_GPU: Final = 2**26
 
 
-def fused_cross_entropies(
-    student_logits: Tensor, targets: Tensor, num_global_views: int, student_temp: float, *, overwrite: bool = False
-) -> Tensor:
-    """Student logits [V*B, K] and targets [G*B, K] to the mean cross-entropy of every student view, [V].
+def cross_entropies_of_logits(logits: Tensor, targets: Tensor, num_global_views: int, temp: float) -> Tensor:
+    """Student logits [N, K] and targets [G*B, K] to the mean cross-entropy of every student view, [V].
 
     For a view it is the mean over images of the sum over all teacher views but the same one, so the global ones have
     G - 1 of them and the local ones G.
 
     Args:
-        student_logits: with gradient; in any type, arithmetic is in float32 at least.
+        logits: with gradient; in any type, arithmetic is in float32 at least.
         targets: probabilities, no gradient.
         num_global_views: G.
-        student_temp: temperature of the student.
-        overwrite: the backward pass writes the gradient over the logits, which nobody may look at any more.
+        temp: temperature of the student.
     """
-    losses: Tensor = _CrossEntropies.apply(student_logits, targets, num_global_views, student_temp, overwrite)
+    losses: Tensor = _OfLogits.apply(logits, targets, num_global_views, temp)
     return losses
 
 
-class _CrossEntropies(torch.autograd.Function):
+def cross_entropies_of_projection(student: Projection, targets: Tensor, num_global_views: int, temp: float) -> Tensor:
+    """The same from what logits are made of; the gradient takes the place of the logits."""
+    parameters = student.directions, student.gains
+    losses: Tensor = _OfProjection.apply(student.rows, *parameters, targets, num_global_views, temp)
+    return losses
+
+
+class _OfLogits(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, num_global_views: int, student_temp: float, overwrite: bool
-    ) -> Tensor:
-        ctx.save_for_backward(logits, targets)
-        ctx.settings = num_global_views, student_temp, overwrite
-        student, teacher = _by_view(logits, targets, num_global_views)
-        sums = targets.new_zeros(num_global_views, len(student), dtype=_sum_type(targets))
-        for part in _chunks(student):
-            log_q = torch.log_softmax(at_least_float32(student[:, part]) / student_temp, dim=-1)  # [V, c, K]
-            # All dot products of one image are a small matrix product.
-            pairs = torch.bmm(teacher[:, part].transpose(0, 1), log_q.permute(1, 2, 0).to(targets))  # [c, G, V]
-            sums -= pairs.sum(dim=0)
-        sums.diagonal().zero_()  # the same view of the same image
-        return (sums.sum(dim=0) / student.shape[1]).to(targets)
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, num_global_views: int, temp: float) -> Tensor:
+        gradient = torch.empty_like(logits) if logits.requires_grad else None
+        losses = _visit(logits, targets, num_global_views, temp, gradient)
+        ctx.temp = temp
+        ctx.save_for_backward(gradient)
+        return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        logits, targets = ctx.saved_tensors
-        num_global_views, student_temp, overwrite = ctx.settings
-        student, teacher = _by_view(logits, targets, num_global_views)
-        student_gradient = logits if overwrite else torch.empty_like(logits)
-        by_view = student_gradient.view(student.shape)
-        factors = (gradient / (student.shape[1] * student_temp)).to(targets)[:, None, None]  # [V, 1, 1]
-        for part in _chunks(student):
-            q = torch.softmax(at_least_float32(student[:, part]) / student_temp, dim=-1)  # [V, c, K]
-            by_view[:, part] = logits_gradient_(q, teacher[:, part], factors)
-        return student_gradient, None, None, None, None
+        (of_logits,) = ctx.saved_tensors
+        return of_logits * _by_row(gradient / ctx.temp, of_logits), None, None, None
 
 
-def logits_gradient_(q: Tensor, p: Tensor, factors: Tensor) -> Tensor:
-    """Student [V, c, k] and teacher [G, c, k] probabilities to factors x the gradient; made in the place of `q`.
+class _OfProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, directions: Tensor, gains: Tensor, targets: Tensor, num_global_views: int, temp: float
+    ) -> Tensor:
+        lengths = torch.linalg.vector_norm(directions, dim=1)
+        prototypes = scaled_prototypes(directions, gains[:, 0] / (lengths * temp), rows.dtype)
+        with no_autocast(rows):
+            logits = rows @ prototypes.T  # divided by the temperature
+        losses = _visit(logits, targets, num_global_views, 1.0, logits if any(ctx.needs_input_grad) else None)
+        ctx.temp = temp
+        ctx.save_for_backward(rows, directions, gains, lengths, prototypes, logits)
+        return losses
 
-    The gradient of a view's cross-entropy by its logits x temperature: (number of its teacher views) q - their sum.
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, directions, gains, lengths, prototypes, of_logits = ctx.saved_tensors
+        factors = _by_row(gradient, rows)
+        found = DirectionGradients(directions, gains, lengths, ctx.needs_input_grad[1:3])
+        weighted = (rows * (factors / ctx.temp)).to(rows.dtype)
+        for part in slices(len(directions)):
+            found.put(part, of_logits[:, part], weighted)
+        of_rows = ((of_logits @ prototypes) * factors).to(rows.dtype)
+        return of_rows, found.of_directions, found.of_gains, None, None, None
+
+
+def _visit(logits: Tensor, targets: Tensor, num_global_views: int, temp: float, gradient: Tensor | None) -> Tensor:
+    """The losses [V] of logits [N, K]; writes `raw_gradient_` into `gradient`, which may be the logits themselves."""
+    teacher = targets.view(num_global_views, -1, targets.shape[-1])
+    student = logits.view(-1, *teacher.shape[1:])
+    sums = targets.new_zeros(num_global_views, len(student), dtype=_sum_type(targets))
+    for part in _chunks(student):
+        scores = at_least_float32(student[:, part])
+        log_q = torch.log_softmax(scores if temp == 1 else scores / temp, dim=-1)  # [V, c, K]
+        p = teacher[:, part]
+        # All dot products of one image are a small matrix product.
+        sums -= torch.bmm(p.transpose(0, 1), log_q.permute(1, 2, 0).to(p)).sum(dim=0)
+        if gradient is not None:
+            gradient.view(student.shape)[:, part] = raw_gradient_(log_q.exp_(), p)
+    sums.diagonal().zero_()  # the same view of the same image
+    return (sums.sum(dim=0) / student.shape[1]).to(targets)
+
+
+def raw_gradient_(q: Tensor, p: Tensor) -> Tensor:
+    """Student [V, c, k] and teacher [G, c, k] probabilities to minus the gradient of a view's cross-entropies by its
+    scores (logits / temperature), before the mean over images; made in the place of `q`.
+
+    That is the sum of the view's G or G - 1 teacher views minus as many q.
     """
     num_global_views = len(p)
     total = p.sum(dim=0)
     local = q[num_global_views:]
-    local.mul_(num_global_views).sub_(total)
+    torch.sub(total, local, alpha=num_global_views, out=local)
     for j, view in enumerate(q[:num_global_views]):
         others = p[1 - j] if num_global_views == 2 else total - p[j]
-        view.mul_(num_global_views - 1).sub_(others)
-    return q.mul_(factors)
+        torch.sub(others, view, alpha=num_global_views - 1, out=view)
+    return q
 
 
-def _by_view(logits: Tensor, targets: Tensor, num_global_views: int) -> tuple[Tensor, Tensor]:
-    """[V, B, K] and [G, B, K]."""
-    teacher = targets.view(num_global_views, -1, targets.shape[-1])
-    return logits.view(-1, *teacher.shape[1:]), teacher
+def row_factors(gradient: Tensor, num_rows: int) -> Tensor:
+    """What `raw_gradient_` is multiplied with, from the gradient [V] of the losses: [N, 1]."""
+    batch = num_rows // len(gradient)
+    return (gradient / -batch).repeat_interleave(batch, output_size=num_rows)[:, None]
+
+
+def _by_row(gradient: Tensor, like: Tensor) -> Tensor:
+    return row_factors(gradient, len(like)).to(at_least_float32(like[:0]).dtype)
 
 
 def _chunks(student: Tensor) -> Iterator[slice]:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dino.loss.fused import logits_gradient_
+from dino.loss.fused import raw_gradient_, row_factors
 from dino.loss.precision import at_least_float32
-from dino.model.projection import Projection, column_scales, direction_gradient, slices
+from dino.model.projection import DirectionGradients, Projection, scaled_prototypes, slices
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SlicedSettings:
 def sliced_cross_entropies(
     student: Projection, teacher: Projection, center: Tensor, settings: SlicedSettings
 ) -> tuple[Tensor, Tensor]:
-    """The mean cross-entropy of every student view, [V] (as `fused_cross_entropies`), and the sum of all teacher
+    """The mean cross-entropy of every student view, [V] (as `cross_entropies_of_logits`), and the sum of all teacher
     logits, [1, K], without gradient.
 
     Args:
@@ -59,7 +59,9 @@ class _SlicedCrossEntropies(torch.autograd.Function):
         center: Tensor,
         settings: SlicedSettings,
     ) -> tuple[Tensor, Tensor]:
-        scales, teacher_scales = column_scales(directions, gains), column_scales(teacher_directions, teacher_gains)
+        lengths, teacher_lengths = (torch.linalg.vector_norm(v, dim=1) for v in (directions, teacher_directions))
+        scales = gains[:, 0] / (lengths * settings.student_temp)
+        teacher_scales = teacher_gains[:, 0] / teacher_lengths
         number = settings.num_global_views
         batch = len(teacher_rows) // number
         num_views = len(rows) // batch
@@ -69,10 +71,10 @@ class _SlicedCrossEntropies(torch.autograd.Function):
         dots = scales.new_zeros(batch, number, num_views)  # of exp(teacher - largest) and the student's logits
         logits_sum = scales.new_empty(1, len(scales))
         for part in slices(len(scales)):
-            raw = _logits(teacher_rows, teacher_directions[part], teacher_scales[part])
+            raw = _scores(teacher_rows, teacher_directions[part], teacher_scales[part])
             logits_sum[:, part] = raw.sum(dim=0, keepdim=True)
             t = raw.sub_(center[:, part]).div_(settings.teacher_temp).view(number, batch, -1)
-            s = _logits(rows, directions[part], scales[part]).div_(settings.student_temp).view(num_views, batch, -1)
+            s = _scores(rows, directions[part], scales[part]).view(num_views, batch, -1)
             student_lse = torch.logaddexp(student_lse, s.logsumexp(dim=-1))
             before, largest = largest, torch.maximum(largest, t.amax(dim=-1))
             shrunk = (before - largest).exp_()  # 0 at the first slice
@@ -84,7 +86,7 @@ class _SlicedCrossEntropies(torch.autograd.Function):
         pairs = student_lse.T[:, None] - dots / sums.T[..., None]  # [B, G, V]
         losses = pairs.mean(dim=0)
         losses.diagonal().zero_()
-        of_student, of_teacher = (rows, directions, scales), (teacher_rows, teacher_directions, teacher_scales)
+        of_student, of_teacher = (rows, directions, gains, lengths), (teacher_rows, teacher_directions, teacher_scales)
         ctx.save_for_backward(*of_student, *of_teacher, center, student_lse, teacher_lse)
         ctx.settings = settings
         ctx.mark_non_differentiable(logits_sum)
@@ -93,32 +95,26 @@ class _SlicedCrossEntropies(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        rows, directions, scales, *of_teacher, center, student_lse, teacher_lse = ctx.saved_tensors
+        rows, directions, gains, lengths, *of_teacher, center, student_lse, teacher_lse = ctx.saved_tensors
         teacher_rows, teacher_directions, teacher_scales = of_teacher
         settings: SlicedSettings = ctx.settings
-        _, of_directions, of_gains, *_ = ctx.needs_input_grad
-        gradient_rows = scales.new_zeros(rows.shape)
-        gradient_v = torch.empty_like(directions) if of_directions else None
-        gradient_g = torch.empty_like(scales)[:, None] if of_gains else None
-        num_views, batch = student_lse.shape
-        factors = (gradient / (batch * settings.student_temp)).to(scales)[:, None, None]  # [V, 1, 1]
+        factors = row_factors(gradient, len(rows)).to(lengths)
+        weighted = (rows * (factors / settings.student_temp)).to(rows.dtype)
+        scales = gains[:, 0] / (lengths * settings.student_temp)
+        found = DirectionGradients(directions, gains, lengths, ctx.needs_input_grad[1:3])
+        of_rows = scales.new_zeros(rows.shape)
         for part in slices(len(scales)):
-            t = _logits(teacher_rows, teacher_directions[part], teacher_scales[part]).sub_(center[:, part])
+            t = _scores(teacher_rows, teacher_directions[part], teacher_scales[part]).sub_(center[:, part])
             p = t.div_(settings.teacher_temp).view(*teacher_lse.shape, -1).sub_(teacher_lse[..., None]).exp_()
-            s = _logits(rows, directions[part], scales[part]).div_(settings.student_temp)
-            q = s.view(num_views, batch, -1).sub_(student_lse[..., None]).exp_()
-            of_logits = logits_gradient_(q, p, factors).flatten(0, 1)  # [V*B, k]
-            if of_directions or of_gains:
-                products = (of_logits.to(rows.dtype).T @ rows).to(scales.dtype)
-                part_v, part_g = direction_gradient(products, directions[part], scales[part])
-                if gradient_v is not None:
-                    gradient_v[part] = part_v
-                if gradient_g is not None:
-                    gradient_g[part] = part_g
-            gradient_rows += of_logits.mul_(scales[part]).to(rows.dtype) @ directions[part].to(rows.dtype)
-        return gradient_rows.to(rows.dtype), gradient_v, gradient_g, None, None, None, None, None
+            prototypes = scaled_prototypes(directions[part], scales[part], rows.dtype)
+            s = at_least_float32(rows @ prototypes.T).view(*student_lse.shape, -1)
+            raw = raw_gradient_(s.sub_(student_lse[..., None]).exp_(), p).flatten(0, 1).to(rows.dtype)  # [V*B, k]
+            found.put(part, raw, weighted)
+            of_rows += raw @ prototypes
+        of_rows = of_rows.mul_(factors).to(rows.dtype)
+        return of_rows, found.of_directions, found.of_gains, None, None, None, None, None
 
 
-def _logits(rows: Tensor, directions: Tensor, scales: Tensor) -> Tensor:
+def _scores(rows: Tensor, directions: Tensor, scales: Tensor) -> Tensor:
     """`[N, k]` in float32 at least, of products in the type of the rows."""
-    return at_least_float32(rows @ directions.to(rows.dtype).T).mul_(scales)
+    return at_least_float32(rows @ scaled_prototypes(directions, scales, rows.dtype).T)

@@ -45,21 +45,41 @@ def slices(number: int, size: int = SLICE) -> Iterator[slice]:
     return (slice(start, min(start + size, number)) for start in range(0, number, size))
 
 
-def column_scales(directions: Tensor, gains: Tensor) -> Tensor:
-    """`[K]`: the prototype is its direction times this."""
-    lengths: Tensor = torch.linalg.vector_norm(directions, dim=1)
-    return gains[:, 0] / lengths
+def scaled_prototypes(directions: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[K, b]` in `dtype`: directions [K, b] times scales [K], without a copy in the parameters' type."""
+    prototypes = torch.empty(directions.shape, dtype=dtype, device=directions.device)
+    for part in slices(len(directions)):
+        prototypes[part] = directions[part] * scales[part, None]
+    return prototypes
 
 
-def direction_gradient(products: Tensor, directions: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """From the gradient of some prototypes [k, b] to those of their directions [k, b] and gains [k, 1].
+@dataclass
+class DirectionGradients:
+    """From gradients of the prototypes w = g v / |v| to those of directions v and gains g, some prototypes at a time:
+    dg = dw . v / |v|, dv = g / |v| (dw - dg v / |v|)."""
 
-    With w = g v / |v|: dg = dw . v / |v|, dv = g / |v| (dw - (dw . v) v / |v|^2). `products` is overwritten.
-    """
-    squares = directions.square().sum(dim=1, keepdim=True)
-    along = (products * directions).sum(dim=1, keepdim=True)
-    gains = along * squares.rsqrt()
-    return products.addcmul_(directions, along / squares, value=-1).mul_(scales[:, None]), gains
+    directions: Tensor  # [K, b]
+    gains: Tensor  # [K, 1]
+    lengths: Tensor  # [K], of the directions
+    wanted: tuple[bool, bool]  # those of directions, of gains
+
+    def __post_init__(self) -> None:
+        of_directions, of_gains = self.wanted
+        self.of_directions = torch.empty_like(self.directions) if of_directions else None
+        self.of_gains = torch.empty_like(self.gains) if of_gains else None
+
+    def put(self, part: slice, logits_gradient: Tensor, rows: Tensor) -> None:
+        """Of the prototypes `part`, from the gradient [N, k] of their logits, in the type of the rows [N, b]."""
+        if not any(self.wanted):
+            return
+        directions, lengths = self.directions[part], self.lengths[part, None]
+        prototypes = (logits_gradient.T @ rows).to(directions.dtype)  # [k, b]
+        gains = torch.linalg.vecdot(prototypes, directions)[:, None] / lengths
+        if self.of_gains is not None:
+            self.of_gains[part] = gains
+        if self.of_directions is not None:
+            across = prototypes.addcmul_(directions, gains / lengths, value=-1)
+            torch.mul(across, self.gains[part] / lengths, out=self.of_directions[part])
 
 
 class _Logits(torch.autograd.Function):
@@ -67,27 +87,18 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, directions: Tensor, gains: Tensor) -> Tensor:
-        scales = column_scales(directions, gains)
-        prototypes = torch.empty(directions.shape, dtype=rows.dtype, device=rows.device)
-        for part in slices(len(directions)):
-            prototypes[part] = directions[part] * scales[part, None]
-        ctx.save_for_backward(rows, directions, scales, prototypes)
+        lengths = torch.linalg.vector_norm(directions, dim=1)
+        prototypes = scaled_prototypes(directions, gains[:, 0] / lengths, rows.dtype)
+        ctx.save_for_backward(rows, directions, gains, lengths, prototypes)
         with torch.autocast(rows.device.type, enabled=False):
             return rows @ prototypes.T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        rows, directions, scales, prototypes = ctx.saved_tensors
-        of_rows, of_directions, of_gains = ctx.needs_input_grad
-        gradient_v = torch.empty_like(directions) if of_directions else None
-        gradient_g = torch.empty_like(scales)[:, None] if of_gains else None
-        if of_directions or of_gains:
-            for part in slices(len(directions)):
-                products = (gradient[:, part].T @ rows).to(directions.dtype)
-                part_v, part_g = direction_gradient(products, directions[part], scales[part])
-                if gradient_v is not None:
-                    gradient_v[part] = part_v
-                if gradient_g is not None:
-                    gradient_g[part] = part_g
-        return gradient @ prototypes if of_rows else None, gradient_v, gradient_g
+        rows, directions, gains, lengths, prototypes = ctx.saved_tensors
+        of_rows, *of_parameters = ctx.needs_input_grad
+        found = DirectionGradients(directions, gains, lengths, tuple(of_parameters))
+        for part in slices(len(directions)):
+            found.put(part, gradient[:, part], rows)
+        return gradient @ prototypes if of_rows else None, found.of_directions, found.of_gains

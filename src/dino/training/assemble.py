@@ -9,6 +9,7 @@ from dino import ranks
 from dino.backbone.sync_batch_norm import convert_sync_batch_norm
 from dino.config import build, result_settings
 from dino.dataset import TrainLoader
+from dino.loss import DINOLoss
 from dino.model import MultiCropModel, StudentTeacher
 from dino.optimizer import parameter_groups
 from dino.run import Run
@@ -105,13 +106,16 @@ def build_step(
         torch._dynamo.config.recompile_limit = 64
         model.student.backbone.compile_parts()
         model.teacher.backbone.compile_parts()
+    loss: DINOLoss = build(config, "loss").to(precision.device)
+    if options.memory != "fast":
+        loss.save_memory()
     images_per_step = batch_size * options.accumulate_steps * ranks.world_size()
     span = {"epochs": options.epochs, "steps_per_epoch": steps_per_epoch}
     reference = options.lr_reference_batch
     lr = config.optimizer.lr if reference is None else scaled_lr(config.optimizer.lr, images_per_step, reference)
     return TrainStep(
         model=model,
-        loss=build(config, "loss").to(precision.device),
+        loss=loss,
         optimizer=build(config, "optimizer")(parameter_groups(model.student)),
         ema=build(config, "ema"),
         schedules=Schedules(
