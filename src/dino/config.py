@@ -44,6 +44,7 @@ UNRELATED_TO_RESULTS = (
     "loss.implementation",
     "trainer.device",
     "trainer.memory",
+    "trainer.parallel",
     "trainer.max_steps",
     "trainer.limit_evaluation_samples",
     "trainer.num_threads",

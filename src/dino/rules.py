@@ -176,6 +176,7 @@ RULES: dict[str, Rule] = {
     "trainer.device": one_of("auto", "cpu", "cuda"),
     "trainer.precision": one_of("auto", "fp32", "bf16", "fp16"),
     "trainer.memory": one_of("fast", "balanced", "low"),
+    "trainer.parallel": one_of("ddp", "fsdp"),
     "trainer.compile": FLAG,
     "trainer.num_threads": AT_LEAST_1_OR_NULL,
     "trainer.save_every_steps": AT_LEAST_1_OR_NULL,

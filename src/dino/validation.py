@@ -201,6 +201,8 @@ def _combinations(config: _Config) -> Iterator[str]:
             yield f"{key}={show(numbers)}: one number for each of dataset.channels={channels} is needed, or auto"
     if values.get("trainer.precision") == "fp16" and values.get("trainer.device") == "cpu":
         yield "trainer.precision=fp16: for GPUs only; with trainer.device=cpu use bf16, fp32 or auto"
+    if values.get("trainer.parallel") == "fsdp":
+        yield from _sharded(values)
     steps = values.get("trainer.accumulate_steps", 1)
     if steps > 1:
         instead = f"use trainer.accumulate_steps=1 and dataset.batch_size={values.get('dataset.batch_size', 1) * steps}"
@@ -214,6 +216,16 @@ def _combinations(config: _Config) -> Iterator[str]:
                 f"trainer.accumulate_steps={steps}: loss.koleo_weight={show(values['loss.koleo_weight'])} compares the "
                 f"images of the whole batch, so micro-batches are not equal to it; {instead}, or loss.koleo_weight=0"
             )
+
+
+def _sharded(values: Mapping[str, Any]) -> Iterator[str]:
+    """What networks that are divided among the ranks do not go with."""
+    if str(values.get("optimizer._target_")).endswith("LARS"):
+        yield "trainer.parallel=fsdp: optimizer=lars needs norms of whole weights; use trainer.parallel=ddp, or adamw"
+    if values.get("trainer.compile"):
+        yield "trainer.parallel=fsdp: not with trainer.compile=true; use trainer.compile=false, or trainer.parallel=ddp"
+    if values.get("trainer.precision") == "fp16":
+        yield "trainer.parallel=fsdp: not with trainer.precision=fp16; use bf16 or fp32, or trainer.parallel=ddp"
 
 
 def _paths(values: Mapping[str, Any]) -> Iterator[str]:

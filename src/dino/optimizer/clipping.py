@@ -9,12 +9,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from dino.ranks import sum_over_ranks
+
 ClipMode = Literal["per_tensor", "global_norm"]
 
 
 @torch.no_grad()
 def clip_gradients(
-    parameters: Iterable[Tensor], max_norm: float | None, mode: ClipMode = "per_tensor"
+    parameters: Iterable[Tensor], max_norm: float | None, mode: ClipMode = "per_tensor", *, are_parts: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Scales gradients down in place so that no norm exceeds `max_norm`.
 
@@ -24,6 +26,9 @@ def clip_gradients(
     as one vector. A norm n above `max_norm` is scaled by max_norm / (n + 1e-6), anything else is left alone. The norms
     returned are those before clipping, also where `max_norm` of 0 or None turns clipping off. Unlike the original
     this never reads a norm on the host, so a GPU does not have to be waited for.
+
+    Args:
+        are_parts: each rank has a part of every gradient; norms are those of the whole, the same on all ranks.
 
     Raises:
         ValueError: for a negative `max_norm` or an unknown mode.
@@ -36,6 +41,8 @@ def clip_gradients(
     if not gradients:
         return torch.zeros(()), torch.zeros(0)
     norms = torch.stack(torch._foreach_norm(gradients))  # [P]
+    if are_parts:
+        norms = sum_over_ranks(norms.square()).sqrt()
     total: Tensor = torch.linalg.vector_norm(norms)
     if not max_norm:
         return total, norms

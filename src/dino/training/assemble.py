@@ -17,6 +17,7 @@ from dino.runtime import Precision, choose_device, reuse_freed_memory, set_seeds
 from dino.schedule import scaled_lr
 from dino.start_up import StartUp
 from dino.training.options import RECOMPUTED, TrainerOptions
+from dino.training.sharding import divide
 from dino.training.step import Schedules, TrainStep
 from dino.training.trainer import Trainer
 
@@ -97,9 +98,9 @@ def build_step(
     """Networks, loss, optimizer and schedules, on their device."""
     backbone = build(config, "backbone")
     model = StudentTeacher(MultiCropModel(backbone, build(config, "head", in_dim=backbone.embed_dim)))
-    model.to(precision.device)
     model.check_wiring()
-    student = over_ranks(model, precision.device)
+    shards = divide(model, precision) if options.parallel == "fsdp" and ranks.world_size() > 1 else None
+    student = over_ranks(model.to(precision.device), precision.device) if shards is None else model.student
     model.student.backbone.recompute = RECOMPUTED[options.memory]
     if options.compile:
         # Student, teacher and evaluation, the first, the last and the other blocks are code of their own.
@@ -113,10 +114,13 @@ def build_step(
     span = {"epochs": options.epochs, "steps_per_epoch": steps_per_epoch}
     reference = options.lr_reference_batch
     lr = config.optimizer.lr if reference is None else scaled_lr(config.optimizer.lr, images_per_step, reference)
+    optimizer = build(config, "optimizer")(parameter_groups(shards.student if shards else model.student))
+    if shards is not None:
+        shards.attach(optimizer)
     return TrainStep(
         model=model,
         loss=loss,
-        optimizer=build(config, "optimizer")(parameter_groups(model.student)),
+        optimizer=optimizer,
         ema=build(config, "ema"),
         schedules=Schedules(
             lr=build(config, "schedule.lr", base=lr, **span),
@@ -130,6 +134,7 @@ def build_step(
         freeze_last_layer_steps=options.freeze_last_layer_epochs * steps_per_epoch,
         total_steps=options.epochs * steps_per_epoch,
         student=student,
+        shards=shards,
     )
 
 

@@ -18,6 +18,7 @@ from dino.augmentation import ViewBatch
 from dino.evaluation.features import evaluation_mode
 from dino.model import Projection
 from dino.run import NonFiniteError
+from dino.runtime import Precision
 from dino.training.step import StepOutput, TrainStep
 
 log = logging.getLogger("dino")
@@ -114,12 +115,12 @@ def diagnose(
     The layers' outputs are those of another forward pass over the last micro-batch of the step, in evaluation mode: it
     draws no random numbers and leaves all statistics of batch norm as they are.
     """
-    student = train_step.model.student
+    student = train_step.whole_model().student
     parameters = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
     terms = output.terms
     named = {"total": terms.total, "global": terms.global_term, "local": terms.local_term, "koleo": terms.koleo}
     norms = dict(zip(output.grad_names, output.grad_norms, strict=True))
-    layers = _layers(train_step, window[-1])
+    layers = _layers(student, train_step.precision, window[-1])
     return {
         "step": step,
         "sample_indices": [views.indices.tolist() for views in window],
@@ -144,9 +145,8 @@ def _views(views: ViewBatch) -> dict[str, list[dict[str, Any]]]:
 
 
 @torch.no_grad()
-def _layers(train_step: TrainStep, views: ViewBatch) -> dict[str, dict[str, Any]]:
+def _layers(student: nn.Module, precision: Precision, views: ViewBatch) -> dict[str, dict[str, Any]]:
     """Figures of the output of every layer of the student, in the order of the forward pass."""
-    student = train_step.model.student
     layers: dict[str, dict[str, Any]] = {}
 
     def note(name: str) -> Any:
@@ -160,7 +160,7 @@ def _layers(train_step: TrainStep, views: ViewBatch) -> dict[str, dict[str, Any]
 
     hooks = [m.register_forward_hook(note(name)) for name, m in student.named_modules() if not list(m.children())]
     try:
-        with evaluation_mode(student), train_step.precision.autocast():
+        with evaluation_mode(student), precision.autocast():
             student(views.global_views, views.local_views)
     finally:
         for handle in hooks:

@@ -29,6 +29,7 @@ class TrainerOptions:
     device: str = "auto"
     precision: str = "auto"
     memory: Literal["fast", "balanced", "low"] = "fast"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False
     num_threads: int | None = None
     save_every_steps: int | None = None

@@ -21,6 +21,7 @@ from dino.optimizer import EMA, ClipMode, cancel_last_layer_gradients, clip_grad
 from dino.ranks import max_over_ranks
 from dino.runtime import Precision
 from dino.schedule import Schedule
+from dino.training.sharding import Shards
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class TrainStep:
     that as its `found_inf`, and every other update is chosen by `torch.where`. (Only an optimizer that does not take
     `found_inf` makes the host wait.)
 
-    Under several ranks `student` is `model.student` inside DistributedDataParallel, and everything said of a batch
-    holds for that of all ranks together.
+    Under several ranks `student` is `model.student` inside DistributedDataParallel, or the networks are divided among
+    the ranks and `shards` are the parts of this one; everything said of a batch holds for that of all ranks together.
     """
 
     model: StudentTeacher
@@ -82,6 +83,7 @@ class TrainStep:
     freeze_last_layer_steps: int
     total_steps: int  # that the schedules span
     student: nn.Module | None = None
+    shards: Shards | None = None
     scaler: torch.amp.GradScaler = field(init=False)
     timer: StepTimer = field(init=False)
 
@@ -91,7 +93,8 @@ class TrainStep:
         self.student = self.model.student if self.student is None else self.student
         self.timer = StepTimer(self.precision.device)
         self._buffers = list(self.model.buffers())
-        self._parameters = list(self.model.student.named_parameters())
+        self._updated = self.shards or self.model
+        self._parameters = list(self._updated.student.named_parameters())
         self._trained = [parameter for _, parameter in self._parameters]
 
     def __call__(self, step: int, window: Sequence[ViewBatch], *, observe: bool = False) -> StepOutput:
@@ -114,17 +117,22 @@ class TrainStep:
         outputs = (
             self._observed(student, teacher, scheduled["teacher_temp"], len(views.global_views)) if observe else None
         )
+        if self.shards is not None:
+            self.shards.take_gradients()
         self.scaler.unscale_(self.optimizer)
         grad_names = [name for name, parameter in self._parameters if parameter.grad is not None]
-        grad_norm, grad_norms = clip_gradients(self._trained, self.clip_norm, self.clip_mode)
+        grad_norm, grad_norms = clip_gradients(
+            self._trained, self.clip_norm, self.clip_mode, are_parts=self.shards is not None
+        )
         skipped = ~torch.isfinite(grad_norm)
         loss = torch.stack(losses).mean()
         broken = skipped & self._scale_is_not_to_blame(loss)
         if step < self.freeze_last_layer_steps:
-            cancel_last_layer_gradients(self.model.student)
+            cancel_last_layer_gradients(self._updated.student)
         self._step_optimizer(skipped)
         self._restore_buffers(buffers, skipped)
-        self.ema.update(self.model.student, self.model.teacher, scheduled["teacher_momentum"], skipped)
+        momentum = scheduled["teacher_momentum"]
+        self.ema.update(self._updated.student, self._updated.teacher, momentum, skipped)
         self.loss.update(progress=step / self.total_steps, skipped=skipped)
         self.timer.mark("update")
         return StepOutput(outputs, terms, loss, grad_norm, grad_norms, grad_names, skipped, broken, scheduled)
@@ -144,12 +152,24 @@ class TrainStep:
         self, student: Projection, teacher: Projection, teacher_temp: float, num_global_views: int
     ) -> OutputStatistics:
         """Of outputs whose logits are made once more, one view at a time; comes before the parameters change."""
+        if self.shards is not None:
+            self.shards.gather_prototypes()
         targets = self.loss.centering.targets(teacher.logits(), teacher_temp)
         views = student.chunk(num_global_views * len(student.rows) // len(targets))
         return OutputStatistics.of((view.logits() for view in views), targets, self.loss.student_temp, num_global_views)
 
+    def whole_model(self) -> StudentTeacher:
+        """Both networks, whole on every rank: `model`, or a copy where that is divided. All ranks call it."""
+        return self.model if self.shards is None else self.shards.whole_model()
+
+    def student_with_gradients(self) -> nn.Module:
+        """A module of the student's names whose parameters have the gradients of the last step. All ranks call it."""
+        return self.model.student if self.shards is None else self.shards.student_with_gradients()
+
     def _ranks_sum_gradients(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients of the ranks are averaged once a step, in the backward pass of its last micro-batch."""
+        if self.shards is not None:
+            self.shards.accumulate(last)
         if last or not isinstance(self.student, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.student.no_sync()

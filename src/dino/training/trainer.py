@@ -203,7 +203,7 @@ class Trainer:
     def _log_statistics(self, output: StepOutput) -> None:
         seconds, steps = self.clock.lap(), self.step - self._last_logged_step
         self._last_logged_step = self.step
-        loss, student = self.train_step.loss, self.train_step.model.student
+        loss, student = self.train_step.loss, self.train_step.student_with_gradients()
         metrics = self.monitor.statistics.compute(self.step - 1, output, loss, student)
         metrics |= {f"train/{name}": value for name, value in output.scheduled.items()}
         momentum = output.scheduled["teacher_momentum"]
@@ -280,7 +280,7 @@ class Trainer:
         started = time.perf_counter()
         epoch, finished = self.step // self.steps_per_epoch, self.step == self.total_steps
         inputs = EvaluationInputs(
-            model=self.train_step.model,
+            model=self.train_step.whole_model(),
             dataset=self.dataset,
             augmentation=self.augmentation,
             loss=self.train_step.loss,
