@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -116,6 +116,19 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if is_distributed():
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
+
+
+def sum_over_ranks_meanwhile(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begins to sum in place over all ranks; what is returned waits for the sum and gives it."""
+    if not is_distributed():
+        return lambda: tensor
+    work = dist.all_reduce(tensor, op=dist.ReduceOp.SUM, async_op=True)
+
+    def arrived() -> Tensor:
+        work.wait()
+        return tensor
+
+    return arrived
 
 
 def max_over_ranks(tensor: Tensor) -> Tensor:

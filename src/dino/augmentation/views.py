@@ -71,6 +71,12 @@ class ViewBatch:
         """Images, indices and labels in page-locked memory; torch's DataLoader calls this with `pin_memory=True`."""
         return self._map(Tensor.pin_memory)
 
+    def tensors(self) -> list[Tensor]:
+        """All that `to` moves."""
+        return [
+            tensor for tensor in (self.global_views, self.local_views, self.indices, self.labels) if tensor is not None
+        ]
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         return dataclasses.replace(
             self,

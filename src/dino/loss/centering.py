@@ -4,13 +4,14 @@ Shapes: N rows (views x images), K prototypes.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dino.loss.precision import at_least_float32, no_autocast
-from dino.ranks import max_over_ranks, sum_over_ranks
+from dino.ranks import max_over_ranks, sum_over_ranks, sum_over_ranks_meanwhile
 
 CenterInit = Literal["zeros", "first_batch"]
 
@@ -19,7 +20,8 @@ class Centering(nn.Module, ABC):
     """How the teacher's logits become probabilities.
 
     `targets` reads the state and never changes it. During an optimizer step `observe` collects what is known of the
-    teacher logits of every micro-batch; `update` moves the state once, after the step.
+    teacher logits of every micro-batch, `send` lets the ranks add it up while the step goes on, and `update` moves the
+    state once, after the step.
     """
 
     @abstractmethod
@@ -29,6 +31,10 @@ class Centering(nn.Module, ABC):
     @abstractmethod
     def observe(self, logits_sum: Tensor, num_rows: int) -> None:
         """Collects the sum [1, K] of the N rows of logits of one micro-batch."""
+
+    @abstractmethod
+    def send(self) -> None:
+        """All micro-batches of the step are observed: begins to add them up over the ranks. `update` does it too."""
 
     @abstractmethod
     def update(self, skipped: Tensor | None = None) -> None:
@@ -77,6 +83,7 @@ class EMACentering(Centering):
         self.register_buffer("started", torch.zeros((), dtype=torch.bool) if init == "first_batch" else None)
         self._sum: Tensor | None = None  # [1, K], of the rows observed since the last update
         self._count = 0
+        self._arriving: Callable[[], Tensor] | None = None  # [1, K + 1]: sum and count over all ranks
 
     @torch.no_grad()
     def targets(self, teacher_logits: Tensor, temp: float) -> Tensor:
@@ -89,11 +96,17 @@ class EMACentering(Centering):
         self._count += num_rows
 
     @torch.no_grad()
+    def send(self) -> None:
+        if self._sum is not None and self._arriving is None:
+            count = self._sum.new_full((1, 1), self._count)
+            self._arriving = sum_over_ranks_meanwhile(torch.cat([self._sum, count], dim=1))  # one message for both
+
+    @torch.no_grad()
     def update(self, skipped: Tensor | None = None) -> None:
-        if self._sum is None:
+        self.send()
+        if self._arriving is None:
             return
-        count = self._sum.new_full((1, 1), self._count)
-        summed = sum_over_ranks(torch.cat([self._sum, count], dim=1))  # one message for both
+        summed = self._arriving()
         mean = (summed[:, :-1] / summed[:, -1:]).to(self.center.dtype)
         moved = self.center * self.momentum + mean * (1 - self.momentum)
         unusable = ~mean.isfinite().all()  # a single infinite logit would stay in the center for good
@@ -102,13 +115,13 @@ class EMACentering(Centering):
             moved = torch.where(self.started, moved, mean)
             self.started.logical_or_(~skipped)
         self.center.copy_(torch.where(skipped, self.center, moved))
-        self._sum, self._count = None, 0
+        self._sum, self._count, self._arriving = None, 0, None
 
     def reset(self) -> None:
         self.center.zero_()
         if isinstance(self.started, Tensor):
             self.started.fill_(False)
-        self._sum, self._count = None, 0
+        self._sum, self._count, self._arriving = None, 0, None
 
 
 class SinkhornKnopp(Centering):
@@ -142,6 +155,9 @@ class SinkhornKnopp(Centering):
 
     def observe(self, logits_sum: Tensor, num_rows: int) -> None:
         """Nothing: the batch balances itself."""
+
+    def send(self) -> None:
+        """Nothing to add up."""
 
     def update(self, skipped: Tensor | None = None) -> None:
         """Nothing to move."""

@@ -153,6 +153,10 @@ class DINOLoss(nn.Module):
         if terms.local_term is not None:
             self.weighting.observe(terms.global_term, terms.local_term)
 
+    def send(self) -> None:
+        """All micro-batches of a step are observed: the ranks may add them up behind its backward pass."""
+        self.centering.send()
+
     def update(self, progress: float, skipped: Tensor | None = None) -> None:
         """Moves center and weights, once per optimizer step; `progress` is the share of the run done, 0 to 1.
 

@@ -108,6 +108,8 @@ class TrainStep:
         for position, views in enumerate(window, start=1):
             with self._ranks_sum_gradients(position == len(window)):
                 student, teacher, terms = self._forward(views, scheduled["teacher_temp"])
+                if position == len(window):
+                    self.loss.send()
                 self.timer.mark("forward")
                 losses.append(terms.total.detach())
                 scaled: Tensor = self.scaler.scale(_nan_if_not_finite(terms.total) / len(window))

@@ -28,6 +28,7 @@ from dino.training.health_watch import HealthWatch
 from dino.training.memory import advice_when_out_of_memory
 from dino.training.non_finite import NonFiniteWatch
 from dino.training.options import TrainerOptions
+from dino.training.prefetch import prefetched
 from dino.training.state import state_of
 from dino.training.step import StepOutput, TrainStep
 
@@ -117,10 +118,12 @@ class Trainer:
         """From the current step on: windows of `accumulate_steps` micro-batches, as float views on the device."""
         epoch, position = divmod(self.step, self.steps_per_epoch)
         count = self.options.accumulate_steps
-        batches = self.loader.epoch(epoch, first_batch=position * count)
-        for _ in range(position, self.steps_per_epoch):
+        batches = map(self._to_device, self.loader.epoch(epoch, first_batch=position * count))
+        number = self.steps_per_epoch - position
+        windows = prefetched((list(itertools.islice(batches, count)) for _ in range(number)), self.device)
+        for _ in range(number):
             started = time.perf_counter()
-            window = [self._to_device(batch) for batch in itertools.islice(batches, count)]
+            window = next(windows)
             self.train_step.timer.waited(time.perf_counter() - started)
             yield window
 
