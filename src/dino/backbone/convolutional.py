@@ -5,6 +5,7 @@ Shapes: N images, C channels, H x W pixels, D features.
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from dino.backbone.base import Backbone, check_at_least
@@ -69,9 +70,11 @@ class ConvolutionalBackbone(Backbone):
             return dict(torchvision.models.get_model_weights(architecture).DEFAULT.get_state_dict(progress=False))
 
         load_initial_weights(self, weights, published_weights if pretrained else None)
+        self.to(memory_format=torch.channels_last)  # the faster one of convolutions, on CPUs and tensor cores
 
     def features_of(self, images: Tensor) -> Tensor:
         """`[N, C, H, W]` -> `[N, D]`."""
+        images = images.contiguous(memory_format=torch.channels_last)
         for part in self.children():
             images = part(images)
         return images.flatten(1)
