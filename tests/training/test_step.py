@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from dino import ranks
 from dino.augmentation import ViewBatch
-from dino.backbone import VisionTransformer
+from dino.backbone import Recompute, VisionTransformer
 from dino.loss import Centering, DINOLoss, EMACentering, SinkhornKnopp
+from dino.loss.dino_loss import Implementation
 from dino.model import DINOHead, MultiCropModel, StudentTeacher
 from dino.optimizer import EMA, LARS, ClipMode, parameter_groups
 from dino.runtime import Precision
@@ -27,6 +29,8 @@ def make_step(
     head_norm: bool = False,
     centering: Centering | None = None,
     koleo_weight: float = 0.0,
+    implementation: Implementation = "auto",
+    recompute: Recompute = "nothing",
 ) -> TrainStep:
     torch.manual_seed(0)
     span = {"epochs": 2, "steps_per_epoch": 5}
@@ -36,9 +40,13 @@ def make_step(
     head = DINOHead(in_dim=16, out_dim=24, hidden_dim=24, bottleneck_dim=8, batch_norm=head_norm)
     model = StudentTeacher(MultiCropModel(backbone, head))
     model.double()
+    model.student.backbone.recompute = recompute
+    loss = DINOLoss(
+        centering or EMACentering(out_dim=24), 0.1, koleo_weight=koleo_weight, implementation=implementation
+    )
     return TrainStep(
         model=model,
-        loss=DINOLoss(centering or EMACentering(out_dim=24), student_temp=0.1, koleo_weight=koleo_weight).double(),
+        loss=loss.double(),
         optimizer=OPTIMIZERS[optimizer](parameter_groups(model.student)),
         ema=EMA(),
         schedules=Schedules(
@@ -157,6 +165,35 @@ def test_the_last_layer_is_frozen_for_the_first_steps_only() -> None:
     assert not torch.equal(prototypes, start)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"implementation": "fused"},
+        {"implementation": "sliced", "recompute": "part"},
+        {"implementation": "sliced", "recompute": "all", "head_norm": True, "optimizer": "sgd"},
+    ],
+)
+def test_ten_fast_steps_are_ten_plain_ones(options: dict[str, Any]) -> None:
+    """Losses, student, teacher and center in float64, with all views in one pass or one size after the other."""
+
+    def train(step: TrainStep, apart: bool) -> list[Tensor]:
+        if apart:
+            one_pass = type(step.model.student.backbone).forward
+
+            def forward(backbone: VisionTransformer, *batches: Tensor) -> Tensor:
+                return torch.cat([one_pass(backbone, images) for images in batches])
+
+            for network in (step.model.student, step.model.teacher):
+                network.backbone.forward = partial(forward, network.backbone)  # type: ignore[method-assign]
+        losses = [step(number, [random_views(8, seed=number)]).loss for number in range(10)]
+        return [*losses, *step.model.state_dict().values(), *step.loss.state_dict().values()]
+
+    plain = {name: value for name, value in options.items() if name not in ("implementation", "recompute")}
+    found = train(make_step(**options), apart=False)
+    for ours, theirs in zip(found, train(make_step(**plain, implementation="plain"), apart=True), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "centering": {},
     "centering and KoLeo": {"koleo_weight": 0.5},
@@ -164,6 +201,7 @@ CASES: dict[str, dict[str, Any]] = {
     # Biases before a batch norm have no gradient but rounding, which AdamW would magnify.
     "batch norm in the head": {"head_norm": True, "optimizer": "sgd"},
     "two micro-batches each": {"micro_batches": 2},
+    "little memory": {"implementation": "sliced", "recompute": "all", "micro_batches": 2},
 }
 
 
