@@ -45,6 +45,9 @@ class Sampling:
     """How long to measure."""
 
     rounds: int = 7
+    budget_s: float = (
+        240.0  # all rounds together take about so long at most; with fewer rounds if need be, but MIN_CLEAN
+    )
     seconds: float = 1.0  # a sample repeats the work for about so long
     warmup: int = 2  # repetitions before the first sample
     device: str = "auto"
@@ -198,15 +201,17 @@ def compare(
 def _take_turns(running: dict[str, Running], sampling: Sampling) -> dict[str, dict[str, Any]]:
     """Of each contender: samples in the order of the rounds, memory and answer."""
     measured: dict[str, dict[str, Any]] = {}
-    counts, memory = {}, {}
+    counts, memory, round_s = {}, {}, 0.0
     for name, process in running.items():
         seconds = process.sample(max(1, sampling.warmup), untimed=0)["seconds"]
         counts[name] = max(1, round(sampling.seconds / min(seconds)))
+        round_s += counts[name] * min(seconds)
         memory[name] = process.memory()
         measured[name] = {"threads": process.contender.threads, "samples": [], **process.ask("answer")[0]}
         process.ask("rest")
     cramped = _are_cramped(list(memory.values()))
-    for number in range(sampling.rounds):
+    affordable = sampling.budget_s / (round_s * (2 if cramped else 1))
+    for number in range(int(min(sampling.rounds, max(MIN_CLEAN, affordable)))):
         for name, process in running.items():
             # Who has given memory back needs a repetition to get it again.
             untimed = int(cramped or number == 0)

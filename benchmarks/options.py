@@ -1,5 +1,6 @@
 """What the command line of `run.py` settles for every benchmark."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ class Options:
 
     Args:
         quick: tiny sizes and two rounds: whether everything runs, not how fast it is.
-        rounds: of every comparison; None: as each benchmark has it.
+        rounds: of every comparison; None: as each benchmark has it, fewer where they take long.
         device: auto, cpu or cuda.
         images: folder of photographs for the views; None: made up.
         data: folder that holds Fashion-MNIST.
@@ -34,4 +35,6 @@ class Options:
         device = self.device if device is None else device
         if self.quick:
             return replace(QUICK, device=device)
-        return Sampling(self.rounds or rounds, seconds, device=device)
+        if self.rounds is not None:
+            return Sampling(self.rounds, math.inf, seconds, device=device)
+        return Sampling(rounds, seconds=seconds, device=device)

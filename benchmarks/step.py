@@ -30,12 +30,12 @@ class Case:
     num_local_views: int
     batch: int = 16
     contenders: Sequence[str] | None = None  # None: all
-    rounds: int = 3
+    rounds: int = 3  # at most, see `Sampling.budget_s`
 
 
 CASES = (
-    Case("ViT-S/16", "vit_s16", 65536, 6, rounds=5),
-    Case("ViT-Ti/16", "vit_t16", 4096, 6, rounds=5),
+    Case("ViT-S/16", "vit_s16", 65536, 6, rounds=7),
+    Case("ViT-Ti/16", "vit_t16", 4096, 6, rounds=7),
     Case("ViT-S/16", "vit_s16", 4096, 6, contenders=MAIN),
     Case("ViT-Ti/16", "vit_t16", 65536, 6, contenders=MAIN),
     Case("ViT-S/16", "vit_s16", 65536, 8, contenders=MAIN),
