@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dino.evaluation import EvaluationInputs, KNNEvaluator
 from dino.loss import Centering, DINOLoss, LossTerms
+from dino.loss.dino_loss import Implementation
 from dino.loss.weighting import WeightingName
 
 
@@ -26,8 +27,9 @@ class InfiniteLoss(DINOLoss):
         weighting: WeightingName,
         local_weight: float,
         koleo_weight: float,
+        implementation: Implementation,
     ) -> None:
-        super().__init__(centering, student_temp, weighting, local_weight, koleo_weight)
+        super().__init__(centering, student_temp, weighting, local_weight, koleo_weight, implementation)
         self.at = at
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
