@@ -68,9 +68,7 @@ def views() -> ViewBatch:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("make", [our_vit, resnet, timm_vit])
 @pytest.mark.parametrize("recompute", ["part", "all"])
-def test_what_is_recomputed_changes_no_bit(
-    make: Callable[[], Backbone], recompute: Recompute, precision: str
-) -> None:
+def test_what_is_recomputed_changes_no_bit(make: Callable[[], Backbone], recompute: Recompute, precision: str) -> None:
     """Losses, gradients, parameters, buffers and the random numbers that are left, over three steps."""
     found = []
     for which in ("nothing", recompute):
