@@ -69,6 +69,7 @@ CASES: dict[str, list[str]] = {
     "dataset=imagenet dataset.root=. dataset.evaluation_size=200": ["nearest valid: 192 and 208"],
     "dataset.mean=[0.1,0.2]": ["dataset.mean=[0.1,0.2]: one number for each of dataset.channels=1 is needed, or auto"],
     "trainer.precision=fp16 trainer.device=cpu": ["trainer.precision=fp16: for GPUs only"],
+    "trainer.precision=tf32 trainer.device=cpu": ["trainer.precision=tf32: for GPUs only"],
     # paths
     "dataset=folder": ["dataset.root=null: say where the images are"],
     "dataset=cifar10": ["dataset.root=data: there is no such file or folder", "dataset.download=true"],

@@ -174,7 +174,7 @@ RULES: dict[str, Rule] = {
     "trainer.clip_norm": Rule(kind=float, low=0, null=True),
     "trainer.freeze_last_layer_epochs": AT_LEAST_0,
     "trainer.device": one_of("auto", "cpu", "cuda"),
-    "trainer.precision": one_of("auto", "fp32", "bf16", "fp16"),
+    "trainer.precision": one_of("auto", "fp32", "tf32", "bf16", "fp16"),
     "trainer.memory": one_of("fast", "balanced", "low"),
     "trainer.parallel": one_of("ddp", "fsdp"),
     "trainer.compile": FLAG,

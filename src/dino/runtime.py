@@ -14,7 +14,7 @@ import torch
 
 from dino import code
 
-AUTOCAST_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST_TYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
@@ -51,7 +51,10 @@ def reuse_freed_memory() -> None:
 
 @dataclass(frozen=True)
 class Precision:
-    """The number format of the forward passes; parameters, loss and optimizer stay in the parameters' own type."""
+    """The number format of the forward passes; parameters, loss and optimizer stay in the parameters' own type.
+
+    `tf32` is float32 whose products a GPU rounds to 10 bits of mantissa before it adds them up in float32.
+    """
 
     name: str
     device: torch.device
@@ -69,7 +72,15 @@ class Precision:
             raise ValueError(f"trainer.precision={name}: use auto, {', '.join(AUTOCAST_TYPES)}")
         if name == "fp16" and device.type == "cpu":
             raise ValueError("trainer.precision=fp16 is for GPUs; on a CPU use bf16 or fp32")
+        if name == "tf32" and device.type == "cpu":
+            raise ValueError("trainer.precision=tf32 is for GPUs; on a CPU use bf16 or fp32")
         return cls(name, device)
+
+    def set_products(self) -> None:
+        """Matrix products and convolutions of float32 tensors on a GPU: exact, or with the short mantissa of TF32."""
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high" if self.name == "tf32" else "highest")
+            torch.backends.cudnn.allow_tf32 = self.name == "tf32"
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = AUTOCAST_TYPES[self.name]

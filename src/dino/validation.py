@@ -199,8 +199,9 @@ def _combinations(config: _Config) -> Iterator[str]:
         numbers, channels = values.get(key), values.get("dataset.channels")
         if isinstance(numbers, list) and isinstance(channels, int) and len(numbers) != channels:
             yield f"{key}={show(numbers)}: one number for each of dataset.channels={channels} is needed, or auto"
-    if values.get("trainer.precision") == "fp16" and values.get("trainer.device") == "cpu":
-        yield "trainer.precision=fp16: for GPUs only; with trainer.device=cpu use bf16, fp32 or auto"
+    precision = values.get("trainer.precision")
+    if precision in ("fp16", "tf32") and values.get("trainer.device") == "cpu":
+        yield f"trainer.precision={precision}: for GPUs only; with trainer.device=cpu use bf16, fp32 or auto"
     if values.get("trainer.parallel") == "fsdp":
         yield from _sharded(values)
     steps = values.get("trainer.accumulate_steps", 1)

@@ -37,6 +37,7 @@ def assemble(config: DictConfig, run: Run, start_up: StartUp | None = None) -> T
         torch.set_num_threads(options.num_threads)
     device = choose_device(options.device, run.processes.local_rank)
     precision = Precision.choose(options.precision, device)
+    precision.set_products()
     if device.type == "cpu":
         reuse_freed_memory()
     set_seeds(config.seed)  # every rank starts with the same networks
