@@ -2,7 +2,7 @@
 
     python benchmarks/run.py                        # everything: about three quarters of an hour on 2 cores
     python benchmarks/run.py step views --rounds 9  # some of it, for longer
-    python benchmarks/run.py --quick                # does everything run: a minute or two, figures without meaning
+    python benchmarks/run.py --quick                # does everything run: some minutes, figures without meaning
     python benchmarks/run.py --page                 # only writes the page and plots anew, from the results that exist
 
 Results are benchmarks/results/DEVICE/NAME.json, and benchmarks/results/README.md made from them. With `--quick` they
