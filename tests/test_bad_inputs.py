@@ -52,7 +52,7 @@ CASES: dict[str, list[str]] = {
     "augmentation.num_local_views=-1": ["augmentation.num_local_views=-1: use a whole number of at least 0"],
     "augmentation.jitter_form=fast": ["augmentation.jitter_form=fast: use exact or matrix"],
     "dataset=imagenet dataset.root=. dataset.scaled_decoding=2": ["dataset.scaled_decoding=2: use true or false"],
-    "trainer.precision=bf17": ["trainer.precision=bf17: use auto or fp32 or bf16 or fp16"],
+    "trainer.precision=bf17": ["trainer.precision=bf17: use auto or fp32 or tf32 or bf16 or fp16"],
     "seed=x trainer.epochs=0 loss.teacher_tmp=1": ["loss.teacher_tmp", "seed=x", "trainer.epochs=0"],
     # keys against one another
     "loss.warmup_teacher_temp_epochs=5000": [
