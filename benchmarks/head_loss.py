@@ -1,7 +1,7 @@
 """The prototypes layer (256 features to 65,536 logits, weight-normed) with the loss, forward and backward.
 
 Memory is what it takes beyond features, weights and center; the gradients of weights and features are among it.
-As for the loss alone, ours reuses freed memory on a CPU.
+As for the loss alone, with two allocators on a CPU.
 """
 
 import contextlib
@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from benchmarks import baseline
 from benchmarks.harness import Contender, compare
-from benchmarks.loss import NUM_VIEWS, LightlyLoss, OurLoss, PlainLoss
+from benchmarks.loss import NUM_VIEWS, LightlyLoss, OurLoss, PlainLoss, allocators
 from benchmarks.options import Options
-from benchmarks.training_steps import as_in_a_run
 from dino.model import WeightNormLinear
-from dino.runtime import Precision
+from dino.runtime import Precision, reuse_freed_memory
 
 BOTTLENECK_DIM = 256
 
@@ -27,19 +26,18 @@ def measure(options: Options) -> list[dict[str, Any]]:
     out_dim, batch = (256, 2) if options.quick else (65536, 64)
     kinds: list[tuple[str, str, dict[str, Any]]] = [
         ("baseline", "plain", {}),
-        ("baseline, memory reused", "plain", {"reuse": True}),
         ("lightly", "lightly", {}),
         ("ours fused", "ours", {"implementation": "fused"}),
         ("ours sliced", "ours", {"implementation": "sliced"}),
     ]
     return [
         compare(
-            f"{out_dim:,} prototypes, {NUM_VIEWS} views, batch {batch}, {precision}",
+            f"{out_dim:,} prototypes, {NUM_VIEWS} views, batch {batch}, {precision}{allocator}",
             [
                 Contender(
                     name,
                     f"benchmarks.head_loss:{make}",
-                    {"out_dim": out_dim, "batch": batch, "precision": precision, **settings},
+                    {"out_dim": out_dim, "batch": batch, "precision": precision, "reuse": reuse, **settings},
                 )
                 for name, make, settings in kinds
             ],
@@ -48,6 +46,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
             facts={"student_logits_mib": NUM_VIEWS * batch * out_dim * (4 if precision == "fp32" else 2) / 2**20},
         )
         for precision in ("fp32", "bf16")
+        for reuse, allocator in allocators(options)
     ]
 
 
@@ -63,7 +62,10 @@ class HeadLossWork:
         device: torch.device,
         *,
         loss_in_autocast: bool,
+        reuse: bool,
     ) -> None:
+        if reuse:
+            reuse_freed_memory()
         generator = torch.Generator().manual_seed(0)
         self.loss, self.autocast = loss, Precision(precision, device).autocast
         self.autocast_of_loss = self.autocast if loss_in_autocast else contextlib.nullcontext
@@ -96,27 +98,29 @@ class HeadLossWork:
 
 
 def plain(device: torch.device, out_dim: int, batch: int, precision: str, reuse: bool = False) -> HeadLossWork:
-    if reuse:
-        as_in_a_run(device)
-    return _as_users_do(PlainLoss(out_dim, device), out_dim, batch, precision, device)
+    return _as_users_do(PlainLoss(out_dim, device), out_dim, batch, precision, device, reuse)
 
 
-def lightly(device: torch.device, out_dim: int, batch: int, precision: str) -> HeadLossWork:
-    return _as_users_do(LightlyLoss(out_dim, batch, device), out_dim, batch, precision, device)
+def lightly(device: torch.device, out_dim: int, batch: int, precision: str, reuse: bool = False) -> HeadLossWork:
+    return _as_users_do(LightlyLoss(out_dim, batch, device), out_dim, batch, precision, device, reuse)
 
 
-def ours(device: torch.device, out_dim: int, batch: int, precision: str, implementation: str) -> HeadLossWork:
+def ours(
+    device: torch.device, out_dim: int, batch: int, precision: str, implementation: str, reuse: bool = False
+) -> HeadLossWork:
     def make_layer() -> nn.Module:
         return WeightNormLinear(BOTTLENECK_DIM, out_dim, learn_gain=False)
 
     loss = OurLoss(out_dim, implementation, device)
-    return HeadLossWork(loss, make_layer, batch, precision, device, loss_in_autocast=False)
+    return HeadLossWork(loss, make_layer, batch, precision, device, loss_in_autocast=False, reuse=reuse)
 
 
-def _as_users_do(loss: Any, out_dim: int, batch: int, precision: str, device: torch.device) -> HeadLossWork:
+def _as_users_do(
+    loss: Any, out_dim: int, batch: int, precision: str, device: torch.device, reuse: bool
+) -> HeadLossWork:
     """torch's weight norm, and autocast around the loss too."""
 
     def make_layer() -> nn.Module:
         return baseline.prototypes_layer(BOTTLENECK_DIM, out_dim)
 
-    return HeadLossWork(loss, make_layer, batch, precision, device, loss_in_autocast=True)
+    return HeadLossWork(loss, make_layer, batch, precision, device, loss_in_autocast=True, reuse=reuse)

@@ -1,7 +1,7 @@
 """The loss of given logits, forward and backward; fp32. Memory is what it takes beyond the logits themselves.
 
-Of that, the gradient of the student's logits is the result: as large as they are. On a CPU our runs tell the allocator
-to reuse freed memory, and so does ours here; `baseline, memory reused` shows what that alone brings.
+Of that, the gradient of the student's logits is the result: as large as they are. On a CPU each comparison is made
+twice: with glibc's allocator as it is, and told to reuse freed memory, as it is in our runs (`reuse_freed_memory`).
 """
 
 from typing import Any
@@ -12,9 +12,9 @@ from torch import Tensor
 from benchmarks import baseline
 from benchmarks.harness import Contender, Unavailable, compare
 from benchmarks.options import Options
-from benchmarks.training_steps import as_in_a_run
 from dino.config import build, compose
 from dino.loss import DINOLoss
+from dino.runtime import choose_device, reuse_freed_memory
 
 TEACHER_TEMP = 0.04
 NUM_VIEWS = 10
@@ -22,31 +22,43 @@ NUM_VIEWS = 10
 
 def measure(options: Options) -> list[dict[str, Any]]:
     out_dim, batches = (256, [2]) if options.quick else (65536, [64, 16])
+    kinds: list[tuple[str, str, dict[str, Any]]] = [
+        ("baseline", "plain", {}),
+        ("lightly", "lightly", {}),
+        ("ours plain", "ours", {"implementation": "plain"}),
+        ("ours fused", "ours", {"implementation": "fused"}),
+    ]
     return [
         compare(
-            f"{out_dim:,} prototypes, {NUM_VIEWS} views, batch {batch}",
+            f"{out_dim:,} prototypes, {NUM_VIEWS} views, batch {batch}{allocator}",
             [
-                Contender(name, f"benchmarks.loss:{make}", {"out_dim": out_dim, "batch": batch, **settings})
-                for name, make, settings in (
-                    ("baseline", "plain", {}),
-                    ("baseline, memory reused", "plain", {"reuse": True}),
-                    ("lightly", "lightly", {}),
-                    ("ours plain", "ours", {"implementation": "plain"}),
-                    ("ours fused", "ours", {"implementation": "fused"}),
+                Contender(
+                    name, f"benchmarks.loss:{make}", {"out_dim": out_dim, "batch": batch, "reuse": reuse, **settings}
                 )
+                for name, make, settings in kinds
             ],
             options.sampling(rounds=9),
             memory="extra",
             facts={"student_logits_mib": NUM_VIEWS * batch * out_dim * 4 / 2**20},
         )
         for batch in batches
+        for reuse, allocator in allocators(options)
     ]
+
+
+def allocators(options: Options) -> list[tuple[bool, str]]:
+    """Whether freed memory is reused, and how that is called."""
+    if choose_device(options.device).type == "cuda":
+        return [(False, "")]
+    return [(False, ", default allocator"), (True, ", freed memory reused")]
 
 
 class LossWork:
     """Forward and backward of `loss(student, teacher)`, then what it keeps for later; the answer is the first value."""
 
-    def __init__(self, loss: Any, out_dim: int, batch: int, device: torch.device) -> None:
+    def __init__(self, loss: Any, out_dim: int, batch: int, device: torch.device, reuse: bool) -> None:
+        if reuse:
+            reuse_freed_memory()
         generator = torch.Generator().manual_seed(0)
         self.loss = loss
         self.first: Tensor | None = None
@@ -67,17 +79,15 @@ class LossWork:
 
 
 def plain(device: torch.device, out_dim: int, batch: int, reuse: bool = False) -> LossWork:
-    if reuse:
-        as_in_a_run(device)
-    return LossWork(PlainLoss(out_dim, device), out_dim, batch, device)
+    return LossWork(PlainLoss(out_dim, device), out_dim, batch, device, reuse)
 
 
-def lightly(device: torch.device, out_dim: int, batch: int) -> LossWork:
-    return LossWork(LightlyLoss(out_dim, batch, device), out_dim, batch, device)
+def lightly(device: torch.device, out_dim: int, batch: int, reuse: bool = False) -> LossWork:
+    return LossWork(LightlyLoss(out_dim, batch, device), out_dim, batch, device, reuse)
 
 
-def ours(device: torch.device, out_dim: int, batch: int, implementation: str) -> LossWork:
-    return LossWork(OurLoss(out_dim, implementation, device), out_dim, batch, device)
+def ours(device: torch.device, out_dim: int, batch: int, implementation: str, reuse: bool = False) -> LossWork:
+    return LossWork(OurLoss(out_dim, implementation, device), out_dim, batch, device, reuse)
 
 
 class PlainLoss:
@@ -117,7 +127,6 @@ class OurLoss:
     """Ours, of logits or of what they are made of; the center moves after the backward pass, as it does in a step."""
 
     def __init__(self, out_dim: int, implementation: str, device: torch.device) -> None:
-        as_in_a_run(device)
         settings = [f"head.out_dim={out_dim}", f"loss.implementation={implementation}", "loss.koleo_weight=0"]
         self.loss: DINOLoss = build(compose(settings), "loss").to(device)
 

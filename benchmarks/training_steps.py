@@ -100,7 +100,8 @@ class OurStep(StepWork):
         super().__init__(random_views(config, device))
         options = build(config, "trainer")
         precision = Precision.choose(options.precision, device)
-        as_in_a_run(device)
+        if device.type == "cpu":
+            reuse_freed_memory()  # as `assemble` does
         set_seeds(0)
         self.train_step = build_step(config, options, precision, steps_per_epoch, config.dataset.batch_size)
 
@@ -191,12 +192,6 @@ def plain(device: torch.device, precision: str, **settings: Any) -> BaselineStep
 
 def lightly(device: torch.device, precision: str, **settings: Any) -> LightlyStep:
     return LightlyStep(compose_step(**settings), precision, device)
-
-
-def as_in_a_run(device: torch.device) -> None:
-    """What `assemble` does to the process of a run."""
-    if device.type == "cpu":
-        reuse_freed_memory()
 
 
 def baseline_networks(config: DictConfig, device: torch.device) -> tuple[baseline.MultiCrop, baseline.MultiCrop]:
