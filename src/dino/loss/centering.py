@@ -5,15 +5,17 @@ Shapes: N rows (views x images), K prototypes.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dino.loss.precision import at_least_float32, no_autocast
+from dino.model.projection import slices
 from dino.ranks import max_over_ranks, sum_over_ranks, sum_over_ranks_meanwhile
 
 CenterInit = Literal["zeros", "first_batch"]
+ROWS: Final = 32  # whose targets are made at a time
 
 
 class Centering(nn.Module, ABC):
@@ -87,8 +89,13 @@ class EMACentering(Centering):
 
     @torch.no_grad()
     def targets(self, teacher_logits: Tensor, temp: float) -> Tensor:
+        dtype = torch.promote_types(teacher_logits.dtype, torch.float32)
+        targets = torch.empty_like(teacher_logits, dtype=dtype)
         with no_autocast(teacher_logits):
-            return torch.softmax((at_least_float32(teacher_logits) - self.center) / temp, dim=-1)
+            for part in slices(len(targets), ROWS):  # few at a time: nothing but the targets is of their size
+                scores = at_least_float32(teacher_logits[part]) - self.center
+                targets[part] = torch.softmax(scores.div_(temp), dim=-1)
+        return targets
 
     @torch.no_grad()
     def observe(self, logits_sum: Tensor, num_rows: int) -> None:

@@ -57,7 +57,7 @@ class _OfLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (of_logits,) = ctx.saved_tensors
-        return of_logits * _by_row(gradient / ctx.temp, of_logits), None, None, None
+        return of_logits.mul_(_by_row(gradient / ctx.temp, of_logits)), None, None, None
 
 
 class _OfProjection(torch.autograd.Function):
