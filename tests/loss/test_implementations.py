@@ -130,8 +130,6 @@ def test_logits_of_a_projection_equal_the_product_with_its_prototypes() -> None:
     gains = torch.rand(SLICE + 3, 1, dtype=torch.float64, requires_grad=True)
     projection = Projection(rows, directions, gains)
     torch.testing.assert_close(projection.logits(), rows @ projection.prototypes().T, rtol=1e-12, atol=1e-15)
-    parts = torch.cat([part.logits() for part in projection.chunk(2)])
-    torch.testing.assert_close(parts, projection.logits(), rtol=1e-12, atol=1e-15)
 
 
 def test_saving_memory_slices_where_the_centering_allows_it() -> None:

@@ -35,10 +35,6 @@ class Projection:
         lengths: Tensor = torch.linalg.vector_norm(self.directions, dim=1, keepdim=True)
         return self.directions * (self.gains / lengths)
 
-    def chunk(self, number: int) -> list["Projection"]:
-        """The rows in `number` equal parts, such as views, over the same prototypes."""
-        return [Projection(rows, self.directions, self.gains) for rows in self.rows.chunk(number)]
-
 
 def slices(number: int, size: int = SLICE) -> Iterator[slice]:
     """0..number in parts of `size`."""

@@ -153,12 +153,13 @@ class TrainStep:
     def _observed(
         self, student: Projection, teacher: Projection, teacher_temp: float, num_global_views: int
     ) -> OutputStatistics:
-        """Of outputs whose logits are made once more, one view at a time; comes before the parameters change."""
+        """Of outputs whose logits are made once more: after the backward pass, which has given its memory back, and
+        before the parameters change."""
         if self.shards is not None:
             self.shards.gather_prototypes()
         targets = self.loss.centering.targets(teacher.logits(), teacher_temp)
-        views = student.chunk(num_global_views * len(student.rows) // len(targets))
-        return OutputStatistics.of((view.logits() for view in views), targets, self.loss.student_temp, num_global_views)
+        views = student.logits().chunk(num_global_views * len(student.rows) // len(targets))
+        return OutputStatistics.of(views, targets, self.loss.student_temp, num_global_views)
 
     def whole_model(self) -> StudentTeacher:
         """Both networks, whole on every rank: `model`, or a copy where that is divided. All ranks call it."""
