@@ -36,16 +36,18 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     return torch.device(device)
 
 
-def reuse_freed_memory() -> None:
-    """Large blocks that the CPU's allocator gets back are kept for the next step instead of returned to the system.
+def reuse_freed_memory(reuse: bool = True) -> None:
+    """Whether the CPU's allocator keeps the large blocks that it gets back for the next step.
 
-    Otherwise every large tensor of every step is mapped anew, zeroed by the system and faulted in page by page. Only
-    glibc is told so; elsewhere nothing happens. Constants: malloc.h.
+    Given back to the system, every large tensor of every step is mapped anew, zeroed and faulted in page by page; kept,
+    they lie in pieces that the next tensor may not fit into, so a step holds more than it needs. Only glibc is told;
+    elsewhere nothing happens. Constants: malloc.h.
     """
-    never_map, never_trim = (-4, 0), (-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    max_mapped, trim_threshold, map_threshold = -4, -1, -3
+    settings = {max_mapped: 0, trim_threshold: 2**31 - 1} if reuse else {map_threshold: 2**18}
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in (never_map, never_trim):
+        for parameter, value in settings.items():
             libc.mallopt(parameter, value)
 
 
