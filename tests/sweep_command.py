@@ -27,8 +27,8 @@ from dino.loss import DINOLoss
 
 
 class Misbehaving(DINOLoss):
-    def __init__(self, how, centering, student_temp, weighting, local_weight, koleo_weight):
-        super().__init__(centering, student_temp, weighting, local_weight, koleo_weight)
+    def __init__(self, how, centering, student_temp, weighting, local_weight, koleo_weight, implementation):
+        super().__init__(centering, student_temp, weighting, local_weight, koleo_weight, implementation)
         self.how, self.count = how, 0
 
     def forward(self, *args, **options):
