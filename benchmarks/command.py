@@ -57,8 +57,11 @@ def _measure(name: str, options: Options, described: dict[str, object], folder: 
 
     started = time.perf_counter()
     benchmark = importlib.import_module(f"benchmarks.{name}")
+    measured = []
     try:
-        measured = benchmark.measure(options)
+        for one in benchmark.measure(options):
+            measured.append(one)
+            print("\n".join(["", *results.shown(one)]), flush=True)  # the next may take many minutes
     except Unavailable as reason:
         print(f"{name}: left out: {reason}", file=sys.stderr)
         return True
@@ -67,8 +70,6 @@ def _measure(name: str, options: Options, described: dict[str, object], folder: 
         return False
     results.save(name, benchmark.__doc__.strip(), measured, described, folder / machine.folder_name(options.device))
     print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    for one in measured:
-        print("\n".join(["", *results.shown(one)]))
     return True
 
 

@@ -5,7 +5,7 @@ of the ViT, in the contender's precision: the floating-point operations of the s
 torch.utils.flop_counter on the baseline, by its time. Memory is the largest that the process held while it worked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +64,8 @@ def contenders(settings: dict[str, Any], names: Sequence[str] | None = None) -> 
     return [contender for contender in made if names is None or contender.name in names]
 
 
-def measure(options: Options) -> list[dict[str, Any]]:
-    return [measure_case(case, options) for case in ([QUICK_CASE] if options.quick else CASES)]
+def measure(options: Options) -> Iterator[dict[str, Any]]:
+    return (measure_case(case, options) for case in ([QUICK_CASE] if options.quick else CASES))
 
 
 def measure_case(case: Case, options: Options) -> dict[str, Any]:
