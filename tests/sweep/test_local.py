@@ -342,8 +342,8 @@ from dino.loss import DINOLoss
 class Pausing(DINOLoss):
     """Stops in the debugger at the third step; then goes on or raises."""
 
-    def __init__(self, fails, centering, student_temp, weighting, local_weight, koleo_weight):
-        super().__init__(centering, student_temp, weighting, local_weight, koleo_weight)
+    def __init__(self, fails, centering, student_temp, weighting, local_weight, koleo_weight, implementation):
+        super().__init__(centering, student_temp, weighting, local_weight, koleo_weight, implementation)
         self.fails, self.count = fails, 0
 
     def forward(self, *args, **options):
