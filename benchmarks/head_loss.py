@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import baseline
-from benchmarks.harness import Contender, compare
-from benchmarks.loss import NUM_VIEWS, LightlyLoss, OurLoss, PlainLoss, allocators
+from benchmarks.loss import NUM_VIEWS, LightlyLoss, OurLoss, PlainLoss, compare_losses
 from benchmarks.options import Options
 from dino.model import WeightNormLinear
 from dino.runtime import Precision, reuse_freed_memory
@@ -30,23 +29,19 @@ def measure(options: Options) -> list[dict[str, Any]]:
         ("ours fused", "ours", {"implementation": "fused"}),
         ("ours sliced", "ours", {"implementation": "sliced"}),
     ]
+    sizes = {"fp32": 4, "bf16": 2}
     return [
-        compare(
-            f"{out_dim:,} prototypes, {NUM_VIEWS} views, batch {batch}, {precision}{allocator}",
-            [
-                Contender(
-                    name,
-                    f"benchmarks.head_loss:{make}",
-                    {"out_dim": out_dim, "batch": batch, "precision": precision, "reuse": reuse, **settings},
-                )
-                for name, make, settings in kinds
-            ],
-            options.sampling(rounds=9),
-            memory="extra",
-            facts={"student_logits_mib": NUM_VIEWS * batch * out_dim * (4 if precision == "fp32" else 2) / 2**20},
+        one
+        for precision, size in sizes.items()
+        for one in compare_losses(
+            "benchmarks.head_loss",
+            kinds,
+            options,
+            out_dim=out_dim,
+            batch=batch,
+            bytes_of_logit=size,
+            precision=precision,
         )
-        for precision in ("fp32", "bf16")
-        for reuse, allocator in allocators(options)
     ]
 
 

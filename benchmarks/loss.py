@@ -4,6 +4,7 @@ Of that, the gradient of the student's logits is the result: as large as they ar
 twice: with glibc's allocator as it is, and told to reuse freed memory, as it is in our runs (`reuse_freed_memory`).
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,28 +30,36 @@ def measure(options: Options) -> list[dict[str, Any]]:
         ("ours fused", "ours", {"implementation": "fused"}),
     ]
     return [
-        compare(
-            f"{out_dim:,} prototypes, {NUM_VIEWS} views, batch {batch}{allocator}",
-            [
-                Contender(
-                    name, f"benchmarks.loss:{make}", {"out_dim": out_dim, "batch": batch, "reuse": reuse, **settings}
-                )
-                for name, make, settings in kinds
-            ],
-            options.sampling(rounds=9),
-            memory="extra",
-            facts={"student_logits_mib": NUM_VIEWS * batch * out_dim * 4 / 2**20},
-        )
+        one
         for batch in batches
-        for reuse, allocator in allocators(options)
+        for one in compare_losses("benchmarks.loss", kinds, options, out_dim=out_dim, batch=batch, bytes_of_logit=4)
     ]
 
 
-def allocators(options: Options) -> list[tuple[bool, str]]:
-    """Whether freed memory is reused, and how that is called."""
+def compare_losses(
+    module: str,
+    kinds: list[tuple[str, str, dict[str, Any]]],
+    options: Options,
+    *,
+    out_dim: int,
+    batch: int,
+    bytes_of_logit: int,
+    **settings: Any,
+) -> Iterator[dict[str, Any]]:
+    """Contenders of `kinds` (name, function of `module`, its settings) with each allocator that there is."""
+    allocators = [(False, "default allocator"), (True, "freed memory reused")]
     if choose_device(options.device).type == "cuda":
-        return [(False, "")]
-    return [(False, ", default allocator"), (True, ", freed memory reused")]
+        allocators = [(False, "")]
+    for reuse, allocator in allocators:
+        described = [f"{out_dim:,} prototypes", f"{NUM_VIEWS} views", f"batch {batch}", *settings.values(), allocator]
+        shared = {"out_dim": out_dim, "batch": batch, "reuse": reuse, **settings}
+        yield compare(
+            ", ".join(word for word in described if word),
+            [Contender(name, f"{module}:{make}", {**shared, **own}) for name, make, own in kinds],
+            options.sampling(rounds=9),
+            memory="extra",
+            facts={"student_logits_mib": NUM_VIEWS * batch * out_dim * bytes_of_logit / 2**20},
+        )
 
 
 class LossWork:

@@ -7,6 +7,7 @@ nearest neighbours; that, and starting up, is not in the time. Nobody logs or sa
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def seconds_to(accuracy: float, curve: list[list[float]]) -> float:
     raise ValueError(f"{accuracy} is never reached")
 
 
-class Recipe:
+class Recipe(ABC):
     """Trains an epoch a call; the answer is the k-NN accuracy of the teacher now [%]."""
 
     def __init__(self, device: torch.device, root: str, epochs: int, steps: int | None) -> None:
@@ -108,11 +109,11 @@ class Recipe:
         self.train_epoch(self.epoch)
         self.epoch += 1
 
-    def train_epoch(self, epoch: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def train_epoch(self, epoch: int) -> None: ...
 
-    def teacher_backbone(self) -> nn.Module:
-        raise NotImplementedError
+    @abstractmethod
+    def teacher_backbone(self) -> nn.Module: ...
 
     def answer(self) -> float:
         splits = self.dataset.evaluation()

@@ -4,6 +4,7 @@ Shapes: B images, G global and L local views, C channels, H x W pixels, K protot
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def list_of_views(views: ViewBatch) -> list[Tensor]:
     return [*views.global_views.unbind(), *local_views]
 
 
-class StepWork:
+class StepWork(ABC):
     """Step after step on the same views; the answer is the loss of the first."""
 
     def __init__(self, views: ViewBatch) -> None:
@@ -85,8 +86,8 @@ class StepWork:
             self.first_loss = loss
         self.step += 1
 
-    def train(self) -> Tensor | float:
-        raise NotImplementedError
+    @abstractmethod
+    def train(self) -> Tensor | float: ...
 
     def answer(self) -> float:
         assert self.first_loss is not None

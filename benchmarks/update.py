@@ -1,5 +1,6 @@
 """What follows the backward pass, for ViT-S/16 and a head of 65,536 prototypes: clipping, AdamW, moving average."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
     ]
 
 
-class Update:
+class Update(ABC):
     """One part, or all; the answer is the sum of the magnitudes of all parameters and gradients afterwards."""
 
     def __init__(self, part: str, size: dict[str, Any], device: torch.device) -> None:
@@ -54,17 +55,17 @@ class Update:
         for part in self.parts:
             part()
 
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        raise NotImplementedError
+    @abstractmethod
+    def make_optimizer(self) -> torch.optim.Optimizer: ...
 
-    def clip(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def clip(self) -> None: ...
 
     def adamw(self) -> None:
         self.optimizer.step()
 
-    def ema(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def ema(self) -> None: ...
 
     def answer(self) -> float:
         """After one repetition more than were made; contenders are asked after equally many."""

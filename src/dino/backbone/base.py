@@ -3,50 +3,27 @@
 Shapes: N images, C channels, H x W pixels, D features.
 """
 
-import contextlib
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from dino.backbone.transformer import Recompute
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """A network from images to features; batches of several sizes at once are one pass."""
 
     recompute: Recompute = "nothing"  # of what the backward pass needs (`trainer.memory`)
     embed_dim: int  # D
     patch_size: int = 1  # both sides of an image must be multiples of it [pixels]
 
+    @abstractmethod
     def forward(self, *batches: Tensor) -> Tensor:
-        """Batches `[N_i, C, H_i, W_i]` -> their features, one batch below the other, `[sum N_i, D]`.
-
-        Where anything is recomputed, it is one size at a time: the backward pass of each makes it again by itself.
-        """
-        features = [self._recomputed(images) for images in batches]
-        return features[0] if len(features) == 1 else torch.cat(features)
-
-    def _recomputed(self, images: Tensor) -> Tensor:
-        if self.recompute == "nothing" or not torch.is_grad_enabled():
-            return self.features_of(images)
-        features: Tensor = checkpoint(
-            self.features_of,
-            images,
-            use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), _running_statistics_kept(self)),
-        )
-        return features
+        """Batches `[N_i, C, H_i, W_i]` -> their features, one batch below the other, `[sum N_i, D]`."""
 
     def compile_parts(self) -> None:
         """Lets torch.compile at what is worth it: here the whole network."""
         self.compile()
-
-    def features_of(self, images: Tensor) -> Tensor:
-        """`[N, C, H, W]` -> `[N, D]`."""
-        raise NotImplementedError
 
     def published(self) -> nn.Module:
         """The module whose parameter names are those of published weights; a wrapper returns what it wraps."""
@@ -73,22 +50,6 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"backbone.image_size={image_size}: does not divide into patches of {self.patch_size}; use {nearest}"
             )
-
-
-@contextlib.contextmanager
-def _running_statistics_kept(network: nn.Module) -> Iterator[None]:
-    """Batch norms that see a batch for the second time count it once."""
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0  # takes nothing in
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.sub_(1)
 
 
 def nearest_sizes(size: int, patch_size: int) -> tuple[int, ...]:

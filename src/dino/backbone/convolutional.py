@@ -8,15 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dino.backbone.base import Backbone, check_at_least
+from dino.backbone.base import check_at_least
 from dino.backbone.layouts import State
+from dino.backbone.one_size import OneSizeBackbone
 from dino.backbone.weights import load_initial_weights
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 ARCHITECTURES = (*RESNETS, "efficientnet_b0")
 
 
-class ConvolutionalBackbone(Backbone):
+class ConvolutionalBackbone(OneSizeBackbone):
     """A torchvision network without its classifier; its feature is the last map, averaged over positions.
 
     Any image size goes (`patch_size` 1). The original takes torchvision's networks too, but leaves EfficientNet's

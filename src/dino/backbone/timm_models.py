@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino.backbone.base import Backbone, check_at_least
+from dino.backbone.base import check_at_least
+from dino.backbone.one_size import OneSizeBackbone
 from dino.backbone.weights import fetch, load_initial_weights
 
 
-class TimmBackbone(Backbone):
+class TimmBackbone(OneSizeBackbone):
     """A timm network without its classifier; its feature is timm's pooled one.
 
     Args:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import linear_regression
@@ -234,10 +235,8 @@ def available_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 2**30
     available: int = psutil.virtual_memory().available
-    try:
+    with suppress(FileNotFoundError):  # no control group
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
         if limit != "max":
             available = min(available, int(limit) - int(used))
-    except (OSError, ValueError):
-        pass  # no control group that limits memory
     return available / 2**30
