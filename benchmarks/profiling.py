@@ -20,7 +20,7 @@ KINDS = {
     "attention": ("bmm", "softmax_backward", "_softmax", "scaled_dot_product", "flash", "fmha"),
     "matrix products": ("addmm", "::mm", "matmul", "linear", "convolution", "gemm", "cutlass", "nvjet", "xmma"),
     "optimizer and teacher": ("adam", "foreach", "lerp", "multi_tensor"),
-    "compiled": ("graph_", "triton", "inductor", "compiledfunction"),
+    "compiled": ("compiledfxgraph", "compiledfunction", "torch-compiled", "graph_", "triton", "inductor"),
     "copies and casts": ("copy", "cat", "clone", "contiguous", "memcpy", "fill", "zero", "empty", "memset"),
     "loss and softmax": ("logsumexp", "exp", "log"),
     "GELU and LayerNorm": ("gelu", "layer_norm"),

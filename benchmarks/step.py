@@ -17,7 +17,11 @@ from benchmarks.options import Options
 from benchmarks.training_steps import baseline_networks, compose_step, list_of_views, random_views
 
 REFERENCES = ("baseline fp32", "baseline bf16")
-MAIN = ("baseline fp32", "baseline bf16", "lightly bf16", "ours bf16")
+# Few at a time, so that nobody has to give memory back while others have their turn.
+FLOAT32 = ("baseline fp32", "lightly fp32", "ours fp32", "ours bf16")
+BF16 = ("baseline bf16", "lightly bf16", "ours bf16", "ours bf16 compiled")
+MEMORY = ("baseline bf16", "ours bf16", "ours bf16 balanced", "ours bf16 low")
+MAIN = BF16[:3]
 
 
 @dataclass(frozen=True)
@@ -29,17 +33,20 @@ class Case:
     out_dim: int
     num_local_views: int
     batch: int = 16
-    contenders: Sequence[str] | None = None  # None: all
-    rounds: int = 3  # at most, see `Sampling.budget_s`
+    contenders: Sequence[str] = MAIN
+    rounds: int = 5  # at most, see `Sampling.budget_s`
 
 
 CASES = (
-    Case("ViT-S/16", "vit_s16", 65536, 6, rounds=7),
-    Case("ViT-Ti/16", "vit_t16", 4096, 6, rounds=7),
-    Case("ViT-S/16", "vit_s16", 4096, 6, contenders=MAIN),
-    Case("ViT-Ti/16", "vit_t16", 65536, 6, contenders=MAIN),
-    Case("ViT-S/16", "vit_s16", 65536, 8, contenders=MAIN),
-    Case("ViT-S/16", "vit_s16", 65536, 6, batch=8, contenders=MAIN),
+    Case("ViT-S/16", "vit_s16", 65536, 6, contenders=BF16, rounds=9),
+    Case("ViT-S/16, float32", "vit_s16", 65536, 6, contenders=FLOAT32, rounds=3),
+    Case("ViT-S/16, memory", "vit_s16", 65536, 6, contenders=MEMORY),
+    Case("ViT-Ti/16", "vit_t16", 4096, 6, contenders=BF16, rounds=9),
+    Case("ViT-Ti/16, float32", "vit_t16", 4096, 6, contenders=FLOAT32),
+    Case("ViT-S/16", "vit_s16", 4096, 6),
+    Case("ViT-Ti/16", "vit_t16", 65536, 6),
+    Case("ViT-S/16", "vit_s16", 65536, 8),
+    Case("ViT-S/16", "vit_s16", 65536, 6, batch=8),
 )
 QUICK_CASE = Case("ViT-Ti/16, 32 px", "vit_t16", 256, 2, batch=2)
 

@@ -102,7 +102,7 @@ class OurStep(StepWork):
         options = build(config, "trainer")
         precision = Precision.choose(options.precision, device)
         if device.type == "cpu":
-            reuse_freed_memory(options.memory == "fast")  # as `assemble` does
+            reuse_freed_memory(options.memory != "low")  # as `assemble` does
         set_seeds(0)
         self.train_step = build_step(config, options, precision, steps_per_epoch, config.dataset.batch_size)
 

@@ -39,7 +39,7 @@ def assemble(config: DictConfig, run: Run, start_up: StartUp | None = None) -> T
     precision = Precision.choose(options.precision, device)
     precision.set_products()
     if device.type == "cpu":
-        reuse_freed_memory(options.memory == "fast")
+        reuse_freed_memory(options.memory != "low")
     set_seeds(config.seed)  # every rank starts with the same networks
 
     dataset = build(config, "dataset")
