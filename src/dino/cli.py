@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
-    import torch
-
     from dino.augmentation import ViewBatch
+    from dino.runtime import Precision
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Looks at data, views, loss and checkpoints of runs."
@@ -116,24 +115,19 @@ def data_bench(
     """Images/s of every stage from file to step, of the loader by its workers, and how many workers to use."""
     import json
 
-    import torch
-
     from dino.config import build
     from dino.dataset import bench
     from dino.launch import answering_bad_values
-    from dino.runtime import choose_device
+    from dino.training.assemble import prepare_process
 
     config = _config(overrides)
     with answering_bad_values():
-        options = build(config, "trainer")
-        if options.num_threads is not None:
-            torch.set_num_threads(options.num_threads)
-        device = choose_device(options.device)
+        precision = prepare_process(build(config, "trainer"))
         dataset = build(config, "dataset")
         mean, std = dataset.normalization()
         augmentation = build(config, "augmentation", mean=mean, std=std)
-        train_step = _training_step(config, device, len(dataset.train())) if step else None
-        report = bench(dataset, augmentation, device, seed=config.seed, seconds=seconds, step=train_step)
+        train_step = _training_step(config, precision, len(dataset.train())) if step else None
+        report = bench(dataset, augmentation, precision.device, seed=config.seed, seconds=seconds, step=train_step)
     if as_json:
         typer.echo(json.dumps(report.as_dict()))
         return
@@ -143,16 +137,16 @@ def data_bench(
     Console().print(table)
 
 
-def _training_step(config: DictConfig, device: "torch.device", num_images: int) -> "Callable[[ViewBatch], object]":
+def _training_step(config: DictConfig, precision: "Precision", num_images: int) -> "Callable[[ViewBatch], object]":
     """A step of a freshly initialised run, numbered from 0 again and again."""
     from dino.config import build
-    from dino.runtime import Precision, set_seeds
+    from dino.runtime import set_seeds
     from dino.training.assemble import build_step
 
     options, batch_size = build(config, "trainer"), config.dataset.batch_size
     set_seeds(config.seed)
     steps_per_epoch = max(1, num_images // (batch_size * options.accumulate_steps))
-    step = build_step(config, options, Precision.choose(options.precision, device), steps_per_epoch, batch_size)
+    step = build_step(config, options, precision, steps_per_epoch, batch_size)
     return lambda views: step(0, [views])
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -44,7 +45,9 @@ def reuse_freed_memory(reuse: bool = True) -> None:
     elsewhere nothing happens. Constants: malloc.h.
     """
     max_mapped, trim_threshold, map_threshold = -4, -1, -3
-    settings = {max_mapped: 0, trim_threshold: 2**31 - 1} if reuse else {map_threshold: 2**18}
+    keep = {max_mapped: 0, trim_threshold: 2**31 - 1}
+    give_back = {max_mapped: 2**16, trim_threshold: 2**17, map_threshold: 2**18}
+    settings = keep if reuse else give_back
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         for parameter, value in settings.items():
@@ -78,17 +81,24 @@ class Precision:
             raise ValueError("trainer.precision=tf32 is for GPUs; on a CPU use bf16 or fp32")
         return cls(name, device)
 
-    def set_products(self) -> None:
-        """Matrix products and convolutions of float32 tensors on a GPU: exact, or with the short mantissa of TF32."""
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high" if self.name == "tf32" else "highest")
-            torch.backends.cudnn.allow_tf32 = self.name == "tf32"
-
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Around the forward passes of the networks."""
         dtype = AUTOCAST_TYPES[self.name]
-        if dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype)
+        return self.products() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    @contextlib.contextmanager
+    def products(self) -> Iterator[None]:
+        """Around passes of the networks, both ways. TF32 is a switch of the whole process, but losses, colours
+        and nearest neighbours multiply exactly.
+        """
+        if self.name != "tf32":
+            yield
+            return
+        torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision("highest")
 
 
 def _automatic_precision(device: torch.device) -> str:

@@ -32,7 +32,8 @@ def run(
     out_dim: int = 2 * SLICE + 100,
     learn_gain: bool = False,
     dtype: torch.dtype = torch.float64,
-    autocast: bool = False,
+    autocast: torch.dtype | None = None,
+    loss_scale: float = 2.5,  # as a scaler or a share of an accumulated step would have it
     **settings: Any,
 ) -> Result:
     """Head and loss, forward, backward and center, from features that have a gradient too."""
@@ -49,10 +50,10 @@ def run(
     loss.centering.center.normal_(std=0.1)
     features = torch.randn(num_views * batch, 6).to(dtype).requires_grad_()
     of_teacher = torch.randn(num_global * batch, 6).to(dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
         outputs = student(features), teacher(of_teacher)
     terms = loss(*outputs, num_global, 0.05, features)
-    (2.5 * terms.total).backward()  # as a scale or a share of an accumulated step would do
+    (loss_scale * terms.total).backward()
     loss.observe(terms)
     loss.update(progress=0.5)
     gradients = {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
@@ -86,19 +87,35 @@ def test_fast_is_plain_in_float64(implementation: Implementation, settings: dict
         torch.testing.assert_close(gradient, expected.gradients[name], rtol=1e-10, atol=1e-12 * scale, msg=name)
 
 
+@pytest.mark.parametrize("loss_scale", [1.0, 2.0**10])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("implementation", FAST)
-def test_bf16_is_no_further_from_float64_than_plain_autocast(implementation: Implementation) -> None:
-    exact = run("plain", batch=8, out_dim=3 * SLICE)
+def test_half_precision_is_no_further_from_float64_than_plain_autocast(
+    implementation: Implementation, autocast: torch.dtype, loss_scale: float
+) -> None:
+    exact = run("plain", batch=8, out_dim=3 * SLICE, loss_scale=loss_scale)
 
     def distance(result: Result, name: str) -> float:
         expected = exact.gradients[name]
         return float((result.gradients[name].double() - expected).norm() / expected.norm())
 
-    settings: dict[str, Any] = {"batch": 8, "out_dim": 3 * SLICE, "dtype": torch.float32, "autocast": True}
-    found, plain = run(implementation, **settings), run("plain", **settings)
+    settings: dict[str, Any] = {"batch": 8, "out_dim": 3 * SLICE, "dtype": torch.float32, "autocast": autocast}
+    found, plain = (run(one, loss_scale=loss_scale, **settings) for one in (implementation, "plain"))
     for name in exact.gradients:
         assert distance(found, name) < 1.1 * distance(plain, name) + 1e-6, name
     assert abs(found.total - exact.total) <= 2 * abs(plain.total - exact.total) + 1e-5 * exact.total
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_fp16_loses_no_prototype_that_plain_trains(implementation: Implementation) -> None:
+    """Among many, most gradients are smaller than fp16 knows numbers, before the scaler's factor is in them."""
+    settings: dict[str, Any] = {"batch": 2, "out_dim": 2**17, "loss_scale": 2.0**10}
+
+    def share_without(implementation: Implementation) -> float:
+        result = run(implementation, dtype=torch.float32, autocast=torch.float16, **settings)
+        return float((result.gradients["last_layer.weight_v"] == 0).all(dim=1).float().mean())
+
+    assert share_without(implementation) < share_without("plain") + 0.1
 
 
 def test_from_logits_every_implementation_is_one() -> None:

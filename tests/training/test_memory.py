@@ -1,5 +1,7 @@
 """`trainer.memory`: the same step in less memory, whatever the backbone."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -113,3 +115,22 @@ def test_less_is_kept() -> None:
         del output
     assert bytes_kept["part"] < 0.75 * bytes_kept["nothing"]
     assert bytes_kept["all"] - parameters < 0.35 * (bytes_kept["nothing"] - parameters)
+
+
+KEPT = """
+import psutil, torch
+from dino.runtime import reuse_freed_memory
+process = psutil.Process()
+for reuse in (True, False, True):
+    reuse_freed_memory(reuse)
+    tensor = torch.ones(100 << 20)
+    before = process.memory_info().rss
+    del tensor
+    print(before - process.memory_info().rss < 200 << 20)
+"""
+
+
+def test_freed_memory_is_kept_or_given_back_as_last_told() -> None:
+    """Points of one multirun share a process."""
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False", "True"]

@@ -165,6 +165,24 @@ def test_the_last_layer_is_frozen_for_the_first_steps_only() -> None:
     assert not torch.equal(prototypes, start)
 
 
+def test_tf32_is_for_the_networks_alone() -> None:
+    """The switch is that of the process, so it also runs where there is no GPU."""
+    step = make_step()
+    step.precision = Precision("tf32", torch.device("cpu"))
+    seen = {}
+
+    def note(where: str) -> Callable[..., None]:
+        return lambda *_: seen.update({where: torch.get_float32_matmul_precision()})
+
+    step.model.teacher.backbone.register_forward_hook(note("teacher"))
+    step.model.student.backbone.register_forward_hook(note("student"))
+    next(step.model.student.backbone.parameters()).register_hook(note("backward"))
+    step.loss.register_forward_hook(note("loss"))
+    step(0, [random_views(4, seed=0)])
+    note("after")()
+    assert seen == {"teacher": "high", "student": "high", "loss": "highest", "backward": "high", "after": "highest"}
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -60,7 +60,7 @@ class DINOLoss(nn.Module):
 
     It is linear in p, so the targets that a student view is compared with are summed first: V products of [B, K] in
     place of G * V, the same result. Global and local pairs are averaged apart and put together by the weighting. Every
-    cross-entropy is the sum of products of a probability and minus a log-probability, so never negative.
+    cross-entropy is the sum of products of a probability and minus a log-probability, so negative by rounding at most.
 
     `forward` changes no state. A training step calls `observe` for each micro-batch and `update` once at its end, so
     that step n trains with the center of step n - 1, as the original.

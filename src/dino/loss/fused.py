@@ -57,7 +57,7 @@ class _OfLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (of_logits,) = ctx.saved_tensors
-        return of_logits.mul_(_by_row(gradient / ctx.temp, of_logits)), None, None, None
+        return of_logits.mul_(row_factors(gradient / ctx.temp, of_logits)), None, None, None
 
 
 class _OfProjection(torch.autograd.Function):
@@ -78,7 +78,7 @@ class _OfProjection(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, directions, gains, lengths, prototypes, of_logits = ctx.saved_tensors
-        factors = _by_row(gradient, rows)
+        factors = row_factors(gradient, rows)
         found = DirectionGradients(directions, gains, lengths, ctx.needs_input_grad[1:3])
         weighted = (rows * (factors / ctx.temp)).to(rows.dtype)
         for part in slices(len(directions)):
@@ -99,14 +99,14 @@ def _visit(logits: Tensor, targets: Tensor, num_global_views: int, temp: float, 
         # All dot products of one image are a small matrix product.
         sums -= torch.bmm(p.transpose(0, 1), log_q.permute(1, 2, 0).to(p)).sum(dim=0)
         if gradient is not None:
-            gradient.view(student.shape)[:, part] = raw_gradient_(log_q.exp_(), p)
+            gradient.view(student.shape)[:, part] = raw_gradient_(log_q.exp_(), p, gradient.dtype)
     sums.diagonal().zero_()  # the same view of the same image
     return (sums.sum(dim=0) / student.shape[1]).to(targets)
 
 
-def raw_gradient_(q: Tensor, p: Tensor) -> Tensor:
+def raw_gradient_(q: Tensor, p: Tensor, stored: torch.dtype) -> Tensor:
     """Student [V, c, k] and teacher [G, c, k] probabilities to minus the gradient of a view's cross-entropies by its
-    scores (logits / temperature), before the mean over images; made in the place of `q`.
+    scores (logits / temperature), before the mean over images, times `_stored_scale`; made in the place of `q`.
 
     That is the sum of the view's G or G - 1 teacher views minus as many q.
     """
@@ -117,17 +117,21 @@ def raw_gradient_(q: Tensor, p: Tensor) -> Tensor:
     for j, view in enumerate(q[:num_global_views]):
         others = p[1 - j] if num_global_views == 2 else total - p[j]
         torch.sub(others, view, alpha=num_global_views - 1, out=view)
-    return q
+    return q if _stored_scale(stored) == 1 else q.mul_(_stored_scale(stored))
 
 
-def row_factors(gradient: Tensor, num_rows: int) -> Tensor:
-    """What `raw_gradient_` is multiplied with, from the gradient [V] of the losses: [N, 1]."""
-    batch = num_rows // len(gradient)
-    return (gradient / -batch).repeat_interleave(batch, output_size=num_rows)[:, None]
+def row_factors(gradient: Tensor, rows: Tensor) -> Tensor:
+    """What `raw_gradient_`, stored in the type of the N rows, is multiplied with: [N, 1] from the gradient [V] of the
+    losses, in float32 at least."""
+    batch = len(rows) // len(gradient)
+    factors = (gradient / (-batch * _stored_scale(rows.dtype))).repeat_interleave(batch, output_size=len(rows))
+    return factors[:, None].to(at_least_float32(rows[:0]).dtype)
 
 
-def _by_row(gradient: Tensor, like: Tensor) -> Tensor:
-    return row_factors(gradient, len(like)).to(at_least_float32(like[:0]).dtype)
+def _stored_scale(dtype: torch.dtype) -> float:
+    """fp16 knows no 1e-8, which is what many prototypes ask of a row: loss scaling comes too late for what is kept from
+    the forward pass. A row's gradient, at most twice its largest score, stays far below the largest number."""
+    return 2.0**8 if dtype == torch.float16 else 1.0
 
 
 def _chunks(student: Tensor) -> Iterator[slice]:

@@ -98,7 +98,7 @@ class _SlicedCrossEntropies(torch.autograd.Function):
         rows, directions, gains, lengths, *of_teacher, center, student_lse, teacher_lse = ctx.saved_tensors
         teacher_rows, teacher_directions, teacher_scales = of_teacher
         settings: SlicedSettings = ctx.settings
-        factors = row_factors(gradient, len(rows)).to(lengths)
+        factors = row_factors(gradient, rows)
         weighted = (rows * (factors / settings.student_temp)).to(rows.dtype)
         scales = gains[:, 0] / (lengths * settings.student_temp)
         found = DirectionGradients(directions, gains, lengths, ctx.needs_input_grad[1:3])
@@ -108,7 +108,8 @@ class _SlicedCrossEntropies(torch.autograd.Function):
             p = t.div_(settings.teacher_temp).view(*teacher_lse.shape, -1).sub_(teacher_lse[..., None]).exp_()
             prototypes = scaled_prototypes(directions[part], scales[part], rows.dtype)
             s = at_least_float32(rows @ prototypes.T).view(*student_lse.shape, -1)
-            raw = raw_gradient_(s.sub_(student_lse[..., None]).exp_(), p).flatten(0, 1).to(rows.dtype)  # [V*B, k]
+            raw = raw_gradient_(s.sub_(student_lse[..., None]).exp_(), p, rows.dtype)
+            raw = raw.flatten(0, 1).to(rows.dtype)  # [V*B, k]
             found.put(part, raw, weighted)
             of_rows += raw @ prototypes
         of_rows = of_rows.mul_(factors).to(rows.dtype)

@@ -33,13 +33,8 @@ def assemble(config: DictConfig, run: Run, start_up: StartUp | None = None) -> T
     """
     start_up = start_up or StartUp()
     options: TrainerOptions = build(config, "trainer")
-    if options.num_threads is not None:
-        torch.set_num_threads(options.num_threads)
-    device = choose_device(options.device, run.processes.local_rank)
-    precision = Precision.choose(options.precision, device)
-    precision.set_products()
-    if device.type == "cpu":
-        reuse_freed_memory(options.memory != "low")
+    precision = prepare_process(options, run.processes.local_rank)
+    device = precision.device
     set_seeds(config.seed)  # every rank starts with the same networks
 
     dataset = build(config, "dataset")
@@ -76,6 +71,22 @@ def assemble(config: DictConfig, run: Run, start_up: StartUp | None = None) -> T
         steps_per_epoch=steps_per_epoch,
         start_up=start_up,
     )
+
+
+def prepare_process(options: TrainerOptions, local_rank: int = 0) -> Precision:
+    """Settles what holds for the whole process, threads, allocator, convolutions, and returns device and precision.
+
+    Raises:
+        ValueError: for a device or a precision that this machine lacks.
+    """
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    precision = Precision.choose(options.precision, choose_device(options.device, local_rank))
+    if precision.device.type == "cpu":
+        reuse_freed_memory(options.memory != "low")
+    else:
+        torch.backends.cudnn.allow_tf32 = precision.name == "tf32"
+    return precision
 
 
 def epoch_length(loader: TrainLoader, options: TrainerOptions) -> int:

@@ -113,7 +113,8 @@ class TrainStep:
                 self.timer.mark("forward")
                 losses.append(terms.total.detach())
                 scaled: Tensor = self.scaler.scale(_nan_if_not_finite(terms.total) / len(window))
-                torch.autograd.backward(scaled)
+                with self.precision.products():
+                    torch.autograd.backward(scaled)
                 self.timer.mark("backward")
 
         outputs = (
