@@ -45,7 +45,9 @@ def main() -> None:
         epochs=arguments.epochs,
     )
     described = machine.describe(options.device)
+    started = time.perf_counter()
     failed = [name for name in arguments.names or BENCHMARKS if not _measure(name, options, described, folder)]
+    print(f"all: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     print(results.write_page(folder))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")

@@ -50,6 +50,7 @@ class Process:
         torch.zeros(64, 64, device=self.device, requires_grad=True).log_softmax(dim=-1).sum().backward()
         self.before_mib = self._now_mib()
         self.work = make(**settings)
+        self.rest()  # what building freed would else be there for nothing
         self.prepared_mib = self._now_mib()
         _reset_peak(self.device)
 

@@ -53,7 +53,7 @@ def _ranks(base: dict[str, Any], options: Options) -> dict[str, Any]:
         Contender(f"{ranks} ranks, 1 thread each", of_several.make, of_several.settings, threads=1, ranks=ranks),
     ]
     return compare(
-        "Ranks",
+        "Ranks, on the CPU",
         compared,
         options.sampling(rounds=5, device="cpu"),
         per=base["batch"],

@@ -49,7 +49,7 @@ class Sampling:
         240.0  # all rounds together take about so long at most; with fewer rounds if need be, but MIN_CLEAN
     )
     seconds: float = 1.0  # a sample repeats the work for about so long
-    warmup: int = 2  # repetitions before the first sample
+    warmup: int = 2  # repetitions before the first that is timed
     device: str = "auto"
     max_threads: int = NUM_CORES
 
@@ -203,9 +203,9 @@ def _take_turns(running: dict[str, Running], sampling: Sampling) -> dict[str, di
     measured: dict[str, dict[str, Any]] = {}
     counts, memory, round_s = {}, {}, 0.0
     for name, process in running.items():
-        seconds = process.sample(max(1, sampling.warmup), untimed=0)["seconds"]
-        counts[name] = max(1, round(sampling.seconds / min(seconds)))
-        round_s += counts[name] * min(seconds)
+        (seconds,) = process.sample(1, untimed=sampling.warmup)["seconds"]
+        counts[name] = max(1, round(sampling.seconds / seconds))
+        round_s += counts[name] * seconds
         memory[name] = process.memory()
         measured[name] = {"threads": process.contender.threads, "samples": [], **process.ask("answer")[0]}
         process.ask("rest")

@@ -1,6 +1,7 @@
 """The prototypes layer (256 features to 65,536 logits, weight-normed) with the loss, forward and backward.
 
-Memory is what it takes beyond features, weights and center; the gradients of weights and features are among it.
+Memory is what it takes beyond features, parameters and center; the gradients of weights and features are among it, and
+the product that torch's weight norm keeps.
 As for the loss alone, with two allocators on a CPU.
 """
 
@@ -116,6 +117,8 @@ def _as_users_do(
     """torch's weight norm, and autocast around the loss too."""
 
     def make_layer() -> nn.Module:
-        return baseline.prototypes_layer(BOTTLENECK_DIM, out_dim)
+        layer = baseline.prototypes_layer(BOTTLENECK_DIM, out_dim)
+        del layer.weight  # the product; every forward pass makes it, and leaves it
+        return layer
 
     return HeadLossWork(loss, make_layer, batch, precision, device, loss_in_autocast=True, reuse=reuse)

@@ -20,7 +20,8 @@ def save(name: str, about: str, measured: list[dict[str, Any]], machine: dict[st
 
 
 def write_page(folder: Path) -> Path:
-    """`folder/README.md` and the plots, from every result below `folder`."""
+    """`folder/README.md` and the plots, from every result below `folder`, if there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
     lines = [
         "# Results",
         "",

@@ -2,7 +2,8 @@
 
 `new run` and `resumed run` are the seconds from the start of the process to the end of its first step, of ViT-S/16 with
 65,536 prototypes and 2 images a step; the checkpoint is read, its checksum verified and everything restored. Saving
-and statistics are measured by `checkpoint_cost.py` and `statistics_cost.py`, which say what their figures mean.
+(on the CPU, whatever the device) and statistics are measured by `checkpoint_cost.py` and `statistics_cost.py`, which
+say what their figures mean.
 """
 
 import json
@@ -32,19 +33,21 @@ def measure(options: Options) -> list[dict[str, Any]]:
         ]
         if options.quick:
             words = ["evaluation=[]"]
+        words.append(f"trainer.device={options.device}")
         contenders = [
             Contender("new run", "benchmarks.startup:FirstStep", {"words": [*words, "trainer.max_steps=1"]}),
             Contender("resumed run", "benchmarks.resume:Resumed", {"words": words}),
         ]
-        sampling = options.sampling(rounds=5, device="cpu")
+        sampling = options.sampling(rounds=5, device="cpu")  # who starts them is there
         comparison = compare("First step of a process", contenders, sampling, memory="none", references=())
     small = ["--backbone", "vit_t16", "--out-dim", "256", "--pairs", "1"] if options.quick else []
     saved = _script("checkpoint_cost", small)
     saving = {f"{saved['backbone']}, {saved['out_dim']:,} prototypes": saved}
     settings = ["quickstart"] if options.quick else ["quickstart", "vit_s16"]
     pairs = ["--pairs", "1"] if options.quick else ["--pairs", "3"]
-    watching = {setting: _script("statistics_cost", [setting, *pairs]) for setting in settings}
-    return [comparison, _table("Saving", SAVING, saving), _table("Statistics", WATCHING, watching)]
+    device = ["--device", options.device]
+    watching = {setting: _script("statistics_cost", [setting, *pairs, *device]) for setting in settings}
+    return [comparison, _table("Saving, on the CPU", SAVING, saving), _table("Statistics", WATCHING, watching)]
 
 
 class Resumed:

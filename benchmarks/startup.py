@@ -1,7 +1,8 @@
 """How soon the command line answers, in fresh processes: help, a misspelt key, a bad value, and a first training step.
 
-The first step is that of the quickstart (digits), from the start of the process, as the run itself says
-(`perf/first_step_s`). Time of a first start on a machine, when files are not yet in its memory, is longer.
+The first step is that of the quickstart (digits), on the device of these results, from the start of the process, as the
+run itself says (`perf/first_step_s`). Time of a first start on a machine, when files are not yet in its memory, is
+longer.
 """
 
 import json
@@ -30,8 +31,9 @@ def measure(options: Options) -> list[dict[str, Any]]:
         Contender(name, "benchmarks.startup:Command", {"words": words, "exit_code": code})
         for name, (words, code) in COMMANDS.items()
     ]
-    contenders.append(Contender("first step", "benchmarks.startup:FirstStep", {"words": FIRST_STEP}))
-    sampling = options.sampling(device="cpu")
+    words = [*FIRST_STEP, f"trainer.device={options.device}"]
+    contenders.append(Contender("first step", "benchmarks.startup:FirstStep", {"words": words}))
+    sampling = options.sampling(device="cpu")  # who starts them is there
     return [compare("python train.py ...", contenders, sampling, memory="none", references=())]
 
 

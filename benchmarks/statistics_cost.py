@@ -39,10 +39,9 @@ SETTINGS = {
 }
 
 
-def make_trainer(name: str, folder: Path) -> Trainer:
-    config = compose([*SETTINGS[name], "evaluation=[]", "trainer.freeze_last_layer_epochs=0", "~logger.console"])
-    run = Run(folder, {})
-    return assemble(config, run)
+def make_trainer(name: str, device: str, folder: Path) -> Trainer:
+    words = ["evaluation=[]", "trainer.freeze_last_layer_epochs=0", "~logger.console", f"trainer.device={device}"]
+    return assemble(compose([*SETTINGS[name], *words]), Run(folder, {}))
 
 
 def random_views(trainer: Trainer) -> ViewBatch:
@@ -59,23 +58,27 @@ def random_views(trainer: Trainer) -> ViewBatch:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    trainer = make_trainer(options.setting, folder)
+    trainer = make_trainer(options.setting, options.device, folder)
     views, every_steps = random_views(trainer), trainer.monitor.every_steps
     logged: list[float] = []
 
+    def now() -> float:
+        """Seconds, when the device has done all that it was given."""
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def block(watched: bool) -> float:
-        started = time.perf_counter()
+        started = now()
         for number in range(every_steps):
             observe = watched and number == every_steps - 1
-            before = time.perf_counter()
+            before = now() if observe else 0.0
             output = trainer.train_step(trainer.step, [views], observe=observe)
             trainer.step += 1
             if observe:
                 trainer._log_statistics(output)
-                logged.append(time.perf_counter() - before)
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
+                logged.append(now() - before)
+        return now() - started
 
     trainer._start()
     block(watched=True)  # warm, and brings the state of AdamW
@@ -96,6 +99,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("setting", choices=SETTINGS)
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--pairs", type=int, default=5, help="blocks without and with statistics")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="statistics_cost_") as folder:

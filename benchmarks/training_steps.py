@@ -6,6 +6,7 @@ Shapes: B images, G global and L local views, C channels, H x W pixels, K protot
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from benchmarks import baseline
 from benchmarks.harness import Unavailable
 from dino.augmentation import ViewBatch
 from dino.config import build, compose
-from dino.runtime import Precision, reuse_freed_memory, set_seeds
-from dino.training.assemble import build_step
+from dino.runtime import Precision, set_seeds
+from dino.training.assemble import build_step, prepare_process
 
 # What every step trains with; a schedule would change nothing of the time.
 LR, WEIGHT_DECAY, TEACHER_MOMENTUM, TEACHER_TEMP = 5e-4, 0.04, 0.996, 0.04
@@ -100,9 +101,7 @@ class OurStep(StepWork):
     def __init__(self, config: DictConfig, device: torch.device, steps_per_epoch: int = STEPS_PER_EPOCH) -> None:
         super().__init__(random_views(config, device))
         options = build(config, "trainer")
-        precision = Precision.choose(options.precision, device)
-        if device.type == "cpu":
-            reuse_freed_memory(options.memory != "low")  # as `assemble` does
+        precision = prepare_process(replace(options, device=device.type))
         set_seeds(0)
         self.train_step = build_step(config, options, precision, steps_per_epoch, config.dataset.batch_size)
 
@@ -131,10 +130,12 @@ class BaselineStep(StepWork):
 class LightlyStep(StepWork):
     """lightly's loss, head and moving average around timm's ViT, one forward pass per resolution."""
 
-    def __init__(self, config: DictConfig, precision: str, device: torch.device) -> None:
+    def __init__(self, config: DictConfig, precision: str, fused_attention: bool, device: torch.device) -> None:
         super().__init__(random_views(config, device))
         from timm import create_model
+        from timm.layers import set_fused_attn
 
+        set_fused_attn(fused_attention)  # read by the networks as they are made
         loss_module, heads, self.update_momentum = _lightly()
         names = {192: "vit_tiny_patch16_224", 384: "vit_small_patch16_224", 768: "vit_base_patch16_224"}
         network, head = config.backbone, config.head
@@ -191,8 +192,8 @@ def plain(device: torch.device, precision: str, **settings: Any) -> BaselineStep
     return BaselineStep(compose_step(**settings), precision, device)
 
 
-def lightly(device: torch.device, precision: str, **settings: Any) -> LightlyStep:
-    return LightlyStep(compose_step(**settings), precision, device)
+def lightly(device: torch.device, precision: str, fused_attention: bool = True, **settings: Any) -> LightlyStep:
+    return LightlyStep(compose_step(**settings), precision, fused_attention, device)
 
 
 def baseline_networks(config: DictConfig, device: torch.device) -> tuple[baseline.MultiCrop, baseline.MultiCrop]:

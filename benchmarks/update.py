@@ -4,14 +4,14 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from benchmarks import baseline
 from benchmarks.harness import Contender, compare
 from benchmarks.options import Options
-from benchmarks.training_steps import LR, TEACHER_MOMENTUM, WEIGHT_DECAY, baseline_networks, compose_step
-from dino.config import build
-from dino.optimizer import EMA, clip_gradients, parameter_groups
+from benchmarks.training_steps import LR, TEACHER_MOMENTUM, WEIGHT_DECAY, OurStep, baseline_training, compose_step
+from dino.optimizer import clip_gradients
 
 PARTS = {"clip": "Clipping of each gradient", "adamw": "AdamW", "ema": "Moving average", "all": "All three"}
 
@@ -38,17 +38,13 @@ class Update(ABC):
     """One part, or all; the answer is the sum of the magnitudes of all parameters and gradients afterwards."""
 
     def __init__(self, part: str, size: dict[str, Any], device: torch.device) -> None:
-        self.config = compose_step(**size)
-        torch.manual_seed(0)
-        self.student, self.teacher = baseline_networks(self.config, device)
-        self.teacher.requires_grad_(False)
+        self.student, self.teacher = self.make(compose_step(**size, overrides=["trainer.precision=fp32"]), device)
         generator = torch.Generator().manual_seed(0)
         for parameter in self._trained():
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
         # The smallest norm, so that every gradient is clipped; a little lower each time, so that it stays so.
         self.clip_norm = min(float(torch.linalg.vector_norm(gradient)) for gradient in self._gradients())
         self.parts = [self.clip, self.adamw, self.ema] if part == "all" else [getattr(self, part)]
-        self.optimizer = self.make_optimizer()
 
     def __call__(self) -> None:
         self.clip_norm *= 0.999
@@ -56,13 +52,14 @@ class Update(ABC):
             part()
 
     @abstractmethod
-    def make_optimizer(self) -> torch.optim.Optimizer: ...
+    def make(self, config: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Module]:
+        """Student and teacher, from the same weights for all, and what changes them."""
 
     @abstractmethod
     def clip(self) -> None: ...
 
-    def adamw(self) -> None:
-        self.optimizer.step()
+    @abstractmethod
+    def adamw(self) -> None: ...
 
     @abstractmethod
     def ema(self) -> None: ...
@@ -73,7 +70,8 @@ class Update(ABC):
         return float(sum(tensor.abs().sum(dtype=torch.float64) for tensor in self._tensors()))
 
     def _trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        """In an order that all have."""
+        return [parameter for _, parameter in sorted(self.student.named_parameters()) if parameter.requires_grad]
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self._trained() if parameter.grad is not None]
@@ -86,28 +84,39 @@ class Update(ABC):
 class PlainUpdate(Update):
     """Loops over the parameters."""
 
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(baseline.parameter_groups(self.student), lr=LR, weight_decay=WEIGHT_DECAY)
+    def make(self, config: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Module]:
+        made = baseline_training(config, "fp32", device)
+        self.optimizer = torch.optim.AdamW(baseline.parameter_groups(made.student), lr=LR, weight_decay=WEIGHT_DECAY)
+        return made.student, made.teacher
 
     def clip(self) -> None:
         baseline.clip_gradients(self.student, self.clip_norm)
+
+    def adamw(self) -> None:
+        self.optimizer.step()
 
     def ema(self) -> None:
         baseline.update_teacher(self.student, self.teacher, TEACHER_MOMENTUM)
 
 
 class OurUpdate(Update):
-    """What the training step calls."""
+    """What the training step calls: clipping finds whether the gradients are finite, the others do nothing if not.
 
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        self.moving_average: EMA = build(self.config, "ema")
-        optimizer: torch.optim.Optimizer = build(self.config, "optimizer")(parameter_groups(self.student))
-        for group in optimizer.param_groups:
-            group["lr"] = LR
-        return optimizer
+    These networks have no buffers that would have to be restored then.
+    """
+
+    def make(self, config: DictConfig, device: torch.device) -> tuple[nn.Module, nn.Module]:
+        self.step = OurStep(config, device).train_step
+        self.step._set_optimizer({"lr": LR, "weight_decay": WEIGHT_DECAY})
+        self.skipped = torch.zeros((), dtype=torch.bool, device=device)
+        return self.step.model.student, self.step.model.teacher
 
     def clip(self) -> None:
-        clip_gradients(self.student.parameters(), self.clip_norm)
+        norm, _ = clip_gradients(self.student.parameters(), self.clip_norm)
+        self.skipped = ~torch.isfinite(norm)
+
+    def adamw(self) -> None:
+        self.step._step_optimizer(self.skipped)
 
     def ema(self) -> None:
-        self.moving_average.update(self.student, self.teacher, TEACHER_MOMENTUM)
+        self.step.ema.update(self.student, self.teacher, TEACHER_MOMENTUM, self.skipped)

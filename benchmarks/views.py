@@ -51,13 +51,13 @@ def _from_photos(folder: Path, kind: str, options: Options) -> dict[str, Any]:
         ),
     ]
     sampling = options.sampling(rounds=9, device="cpu")
-    return compare(f"Photographs, {kind}", contenders, sampling, per=BATCH, unit="images/s", memory="none")
+    return compare(f"Photographs, {kind}, on the CPU", contenders, sampling, per=BATCH, unit="images/s", memory="none")
 
 
 def _from_memory(folder: Path, options: Options) -> list[dict[str, Any]]:
     parts = [f"{whose} {part}" for part in ("views", "step") for whose in ("baseline", "ours")]
     comparison = compare(
-        "From memory, batch 64, one thread",
+        "From memory, batch 64, one thread, on the CPU",
         [
             Contender(part, "benchmarks.views:in_memory", {"part": part, "root": str(folder)}, threads=1)
             for part in parts
@@ -71,7 +71,8 @@ def _from_memory(folder: Path, options: Options) -> list[dict[str, Any]]:
     for whose in ("baseline", "ours"):
         views, step = seconds[f"{whose} views"], seconds[f"{whose} step"]
         rows.append([whose, f"{views / (views + step):.1%}"])
-    return [comparison, {"name": "Share of views in a step", "columns": ["", "views / (views + step)"], "rows": rows}]
+    name, columns = "Share of views in a step, on the CPU", ["", "views / (views + step)"]
+    return [comparison, {"name": name, "columns": columns, "rows": rows}]
 
 
 class PlainPhotos:

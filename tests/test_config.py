@@ -377,6 +377,17 @@ def test_sizes_of_the_dataset_are_fitted_and_those_of_a_person_are_not(copied_co
         validation.checked(["experiment=mine"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "num_warnings"),
+    [([], 0), (["head.batch_norm=true"], 1), (["backbone=resnet18"], 1), (["backbone=efficientnet_b0"], 1)],
+)
+def test_micro_batches_for_batch_norm_are_a_warning(overrides: list[str], num_warnings: int) -> None:
+    _, warnings = validation.checked(["loss.koleo_weight=0", "trainer.accumulate_steps=2", *overrides])
+    assert len(warnings) == num_warnings
+    assert all(warning.startswith("trainer.accumulate_steps=2: batch norm sees") for warning in warnings)
+    assert validation.checked(overrides)[1] == []
+
+
 def test_a_teacher_that_is_not_sharper_is_a_warning() -> None:
     _, warnings = validation.checked(["loss.student_temp=0.04", "loss.teacher_temp=0.04"])
     assert len(warnings) == 1

@@ -256,6 +256,9 @@ def _warnings(values: Mapping[str, Any]) -> Iterator[str]:
     student = values.get("loss.student_temp")
     if values.get("ema.momentum") == 1:
         yield "ema.momentum=1: the teacher never changes, so that the student learns what an untrained network says"
+    steps, backbone = values.get("trainer.accumulate_steps", 1), str(values.get("backbone._target_"))
+    if steps > 1 and (values.get("head.batch_norm") or backbone.endswith("ConvolutionalBackbone")):
+        yield f"trainer.accumulate_steps={steps}: batch norm sees one micro-batch at a time, not all images of a step"
     for key in ("loss.teacher_temp", "loss.warmup_teacher_temp"):
         teacher = values.get(key)
         if student is not None and teacher is not None and student <= teacher:

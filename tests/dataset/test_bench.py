@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,26 @@ def test_workers_are_tried_up_to_the_usable_cores(cores: int, counts: list[int])
 
 def test_how_long_a_step_waits() -> None:
     """Without workers for all of it, with workers for what they need longer than a step, and for what is not theirs."""
-    assert wait_share(batch_s=3.0, handing_over_s=0.0, step_s=1.0, num_workers=0) == 0.75
-    assert wait_share(batch_s=0.5, handing_over_s=0.0, step_s=1.0, num_workers=1) == 0.0
-    assert wait_share(batch_s=2.0, handing_over_s=0.0, step_s=1.0, num_workers=4) == 0.5
-    assert wait_share(batch_s=0.5, handing_over_s=0.25, step_s=0.75, num_workers=4) == 0.25
-    assert wait_share(batch_s=2.0, handing_over_s=0.25, step_s=0.75, num_workers=4) == pytest.approx(1.25 / 2)
+
+    def share(batch_s: float, handing_over_s: float, step_s: float, num_workers: int) -> float:
+        return wait_share(batch_s, handing_over_s, step_s, step_s, num_workers)
+
+    assert share(batch_s=3.0, handing_over_s=0.0, step_s=1.0, num_workers=0) == 0.75
+    assert share(batch_s=0.5, handing_over_s=0.0, step_s=1.0, num_workers=1) == 0.0
+    assert share(batch_s=2.0, handing_over_s=0.0, step_s=1.0, num_workers=4) == 0.5
+    assert share(batch_s=0.5, handing_over_s=0.25, step_s=0.75, num_workers=4) == 0.25
+    assert share(batch_s=2.0, handing_over_s=0.25, step_s=0.75, num_workers=4) == pytest.approx(1.25 / 2)
+
+
+def test_a_step_that_runs_by_itself_waits_only_for_what_takes_longer() -> None:
+    def share(batch_s: float, handing_over_s: float, num_workers: int) -> float:
+        return wait_share(batch_s, handing_over_s, step_s=1.0, queueing_s=0.25, num_workers=num_workers)
+
+    assert share(batch_s=0.5, handing_over_s=0.25, num_workers=0) == 0.0
+    assert share(batch_s=1.5, handing_over_s=0.25, num_workers=0) == 0.5
+    assert share(batch_s=0.5, handing_over_s=0.75, num_workers=2) == 0.0
+    assert share(batch_s=0.5, handing_over_s=1.75, num_workers=2) == 0.5
+    assert share(batch_s=2.0, handing_over_s=0.25, num_workers=2) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -82,6 +98,31 @@ def test_stages_of_files(
     assert seen[0].global_views.dtype == torch.float32
     assert dataset.num_workers == 0
     assert torch.get_num_threads() >= 1
+
+
+@dataclass(kw_only=True, eq=False)
+class NotingThreads(MultiCrop):
+    seen: set[int] = field(default_factory=set)
+
+    def photometric(self, batch: ViewBatch) -> ViewBatch:
+        self.seen.add(torch.get_num_threads())
+        return super().photometric(batch)
+
+
+def test_stages_are_those_of_one_core_and_views_are_handed_over_by_all_threads_of_the_run(
+    tmp_path: Path, write_images: Callable[..., list[Path]], folder: Callable[..., Folder]
+) -> None:
+    write_images(tmp_path, 4, ".jpg")
+    augmentation = NotingThreads(global_size=8, local_size=4, num_local_views=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        bench(
+            folder(tmp_path, batch_size=4), augmentation, torch.device("cpu"), seed=0, seconds=0.01, worker_counts=[0]
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert augmentation.seen == {1, 3}
 
 
 def test_on_a_set_in_memory_with_a_step_as_json() -> None:

@@ -1,15 +1,28 @@
 """`dino tune batch`: the search, on memory that is a formula; and the command, on real runs of seconds."""
 
+import json
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from command_line import TINY, run
+from command_line import TINY, last_state, metrics, run
 
-from dino.training.tune import Found, Trial, available_gib, find_largest, keeping_effective_batch
+from dino.training.tune import (
+    Found,
+    Trial,
+    available_gib,
+    find_largest,
+    has_batch_norm,
+    keeping_effective_batch,
+    run_trial,
+)
+from dino.validation import checked
 
 GIB = 1.0
 
@@ -84,6 +97,19 @@ def test_a_batch_that_cannot_be_made_of_parts_is_not_advised() -> None:
     assert not any("accumulate_steps" in line for line in found.advice())
 
 
+def test_batch_norm_is_told_of_in_the_advice() -> None:
+    found = Found([Trial(16, 1.0, 1.0)], [], 2.0, 64, accumulates=True, batch_norm=True)
+    assert found.advice()[-1].endswith("steps of 64 images, of which batch norm sees 16 at a time")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [([], False), (["head.batch_norm=true"], True), (["backbone=resnet18"], True)],
+)
+def test_batch_norm_is_found(overrides: list[str], expected: bool) -> None:
+    assert has_batch_norm(checked(overrides)[0]) == expected
+
+
 def test_there_is_memory_and_not_more_than_the_machine_has() -> None:
     free = available_gib(torch.device("cpu"))
     total = int(re.findall(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[0]) / 2**20
@@ -125,6 +151,26 @@ def test_what_cannot_be_tried_is_answered_in_a_sentence(words: list[str], senten
     assert exit_code == 2
     assert stderr.splitlines() == [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert sentence in stderr
+
+
+def test_a_trial_fills_the_optimizer_and_saves_before_its_peak_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, real = tmp_path / "left", subprocess.run
+
+    def keeping_what_is_left(command: list[str], **options: Any) -> Any:
+        done = real(command, **options)
+        shutil.copytree(Path(command[-1]).parent, left, symlinks=True)
+        return done
+
+    monkeypatch.setattr(subprocess, "run", keeping_what_is_left)
+    trial = run_trial(checked(TINY)[0], 16)
+    assert trial.peak_gib is not None
+    optimizer = last_state(left)["optimizer"]
+    assert len(optimizer["state"]) == sum(len(group["params"]) for group in optimizer["param_groups"])
+    first, _ = sorted((left / "checkpoints").glob("*.json"))
+    saved = json.loads(first.read_text())["saved"]
+    assert saved < [line for line in metrics(left) if "perf/peak_memory_gib" in line][-1]["time"]
 
 
 def test_runs_that_get_no_memory_are_told_from_runs_that_fail(tmp_path: Path) -> None:

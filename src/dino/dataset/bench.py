@@ -122,16 +122,21 @@ def bench(
     """
     source, num_cores = dataset.train(), len(os.sched_getaffinity(0))
     stages, views = _stages(source, dataset, augmentation, device, seed, seconds)
-    step_s = None if step is None else _step_seconds(step, views, dataset.batch_size, device, seconds)
-    handing_over = sum(stages.get(stage, 0.0) for stage in _on_the_way(augmentation)) * dataset.batch_size
+
+    def hand_over() -> ViewBatch:
+        """What the main process does between the loader and the step, with all threads that it has."""
+        return augmentation.photometric(views.to(device, non_blocking=True))
+
+    handing_over_s = _seconds(hand_over, seconds / 4, device) * dataset.batch_size / len(views.indices)
+    step_times = None if step is None else _step_seconds(step, hand_over(), dataset.batch_size, device, seconds)
     loaders = []
     for num_workers in worker_counts if worker_counts is not None else counts_to_try(num_cores):
-        batch_s = _loader_seconds(dataset, augmentation, seed, num_workers, seconds)
+        batch_s = _loader_seconds(dataset, augmentation, device, seed, num_workers, seconds)
         loaders.append(
             LoaderSpeed(
                 num_workers,
                 dataset.batch_size / batch_s,
-                None if step_s is None else wait_share(batch_s, handing_over, step_s, num_workers),
+                None if step_times is None else wait_share(batch_s, handing_over_s, *step_times, num_workers),
             )
         )
         if _enough(loaders):
@@ -145,7 +150,7 @@ def bench(
         in_memory=source.images is not None,
         stages=stages,
         loaders=loaders,
-        step_s=step_s,
+        step_s=None if step_times is None else step_times[0],
         advised_workers=advised(loaders),
     )
 
@@ -156,13 +161,16 @@ def counts_to_try(num_cores: int) -> list[int]:
     return [0, *powers, num_cores]
 
 
-def wait_share(batch_s: float, handing_over_s: float, step_s: float, num_workers: int) -> float:
+def wait_share(batch_s: float, handing_over_s: float, step_s: float, queueing_s: float, num_workers: int) -> float:
     """The share of a step's time, waiting included, for which it waits for its views.
 
-    Workers make the next batches during the step; what happens in the main process is always waited for.
+    The main process queues a step and hands over the views of the next one; without workers it also makes them. On a
+    CPU queueing a step is the whole of it; on a GPU the rest happens while the step runs (`training/prefetch.py`).
+    Workers make the next batches beside all of that.
     """
-    waiting = handing_over_s + (batch_s if num_workers == 0 else max(0.0, batch_s - step_s - handing_over_s))
-    return waiting / (waiting + step_s)
+    in_main_s = queueing_s + handing_over_s + (batch_s if num_workers == 0 else 0.0)
+    in_workers_s = batch_s if num_workers else 0.0
+    return 1 - step_s / max(step_s, in_main_s, in_workers_s)
 
 
 def advised(loaders: Sequence[LoaderSpeed]) -> int:
@@ -192,7 +200,7 @@ def _enough(loaders: Sequence[LoaderSpeed]) -> bool:
 def _stages(
     source: Source, dataset: ImageDataset, augmentation: MultiCrop, device: torch.device, seed: int, seconds: float
 ) -> tuple[dict[str, float], ViewBatch]:
-    """Seconds per image of each stage, on one core, and the float views of the images that were timed."""
+    """Seconds per image of each stage, on one core, and views of the images that were timed, as the loader has them."""
     sampler = ShuffledSampler(len(source), min(dataset.batch_size, MAX_IMAGES, len(source)), seed)
     indices = next(iter(sampler.batches(0)))
     threads = torch.get_num_threads()
@@ -238,15 +246,14 @@ def _stages_of(
     views = timed("crop", lambda: augmentation.views(images, indices, seed, 0, sizes=sizes))
     if augmentation.photometric_device == "cpu":
         views = timed("photometric", lambda: augmentation.colour(views))
+    loaded = views.pin_memory() if device.type == "cuda" else views
     if device.type != "cpu":
-        views = timed("transfer", lambda: views.to(device))
-    last = "normalise" if augmentation.photometric_device == "cpu" else "photometric"
-    return stages, timed(last, lambda: augmentation.photometric(views))
-
-
-def _on_the_way(augmentation: MultiCrop) -> tuple[str, ...]:
-    """The stages that the main process does between the loader and the step."""
-    return ("transfer", "normalise" if augmentation.photometric_device == "cpu" else "photometric")
+        views = timed("transfer", lambda: loaded.to(device, non_blocking=True))
+    timed(
+        "normalise" if augmentation.photometric_device == "cpu" else "photometric",
+        lambda: augmentation.photometric(views),
+    )
+    return stages, loaded
 
 
 def _readable(source: Source, indices: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -264,12 +271,12 @@ def _readable(source: Source, indices: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _loader_seconds(
-    dataset: ImageDataset, augmentation: MultiCrop, seed: int, num_workers: int, seconds: float
+    dataset: ImageDataset, augmentation: MultiCrop, device: torch.device, seed: int, num_workers: int, seconds: float
 ) -> float:
     """Seconds per batch that the loader needs once it runs."""
     dataset = copy.copy(dataset)
     dataset.num_workers = num_workers
-    loader = TrainLoader(dataset, augmentation, seed=seed)
+    loader = TrainLoader(dataset, augmentation, seed=seed, pin_memory=device.type == "cuda")
     batches = _endless(loader)
     for _ in range(max(1, num_workers)):  # every worker has made a batch
         next(batches)
@@ -289,8 +296,8 @@ def _endless(loader: TrainLoader) -> Iterator[ViewBatch]:
 
 def _step_seconds(
     step: Callable[[ViewBatch], object], views: ViewBatch, batch_size: int, device: torch.device, seconds: float
-) -> float:
-    """Seconds of one step on `batch_size` images: those of `views`, repeated."""
+) -> tuple[float, float]:
+    """Seconds of one step on `batch_size` images, those of `views`, repeated; and until the host has queued it."""
     chosen = torch.arange(batch_size) % len(views.indices)
 
     def of(images: Tensor) -> Tensor:
@@ -304,7 +311,14 @@ def _step_seconds(
         parameters=None,
         bad=(),
     )
-    return _seconds(lambda: step(batch), seconds, device)
+    queueing: list[float] = []
+
+    def queue() -> None:
+        started = time.perf_counter()
+        step(batch)
+        queueing.append(time.perf_counter() - started)
+
+    return _seconds(queue, seconds, device), float(np.median(queueing[1:]))
 
 
 def _seconds(work: Callable[[], Any], at_least_s: float, device: torch.device) -> float:

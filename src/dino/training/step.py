@@ -61,7 +61,8 @@ class StepOutput:
 class TrainStep:
     """One optimizer step over a window of micro-batches; owns everything that a step changes.
 
-    Center, EMA, schedules and clipping happen once a step, so that n micro-batches of B equal one batch of n*B.
+    Center, EMA, schedules and clipping happen once a step, so that n micro-batches of B equal one batch of n*B (but for
+    batch norm, which sees one at a time).
 
     A loss or gradient that is not finite changes nothing: student, teacher, center and optimizer stay as they were.
     The host does not wait to learn of it: the norm of the gradients says so on the device, a fused optimizer takes

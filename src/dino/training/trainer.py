@@ -122,9 +122,9 @@ class Trainer:
         number = self.steps_per_epoch - position
         windows = prefetched((list(itertools.islice(batches, count)) for _ in range(number)), self.device)
         for _ in range(number):
-            started = time.perf_counter()
+            self.train_step.timer.begin()
             window = next(windows)
-            self.train_step.timer.waited(time.perf_counter() - started)
+            self.train_step.timer.mark("data_wait")
             yield window
 
     def _logs(self, step: int) -> bool:

@@ -18,6 +18,7 @@ import psutil
 import torch
 from omegaconf import DictConfig, open_dict
 from rich.table import Column, Table
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino.config import CONF, build, save_config
 from dino.logger.json_lines import read_lines
@@ -58,7 +59,8 @@ class Found:
     others: Sequence[Trial]  # one of the batch sizes with the other values of trainer.memory
     budget_gib: float
     effective_batch: int
-    accumulates: bool  # micro-batches are equal to one batch with these settings
+    accumulates: bool  # a step may be made of micro-batches with these settings
+    batch_norm: bool = False  # which sees one micro-batch at a time: other sizes are other statistics
 
     @property
     def largest(self) -> int | None:
@@ -87,7 +89,8 @@ class Found:
         batch_size, steps = keeping_effective_batch(self.effective_batch, self.largest)
         if steps == 1 or self.accumulates:
             settings = f"dataset.batch_size={batch_size} trainer.accumulate_steps={steps}"
-            return [*lines, f"advice      {settings}: steps of {self.effective_batch} images, as configured"]
+            remark = f"of which batch norm sees {batch_size} at a time" if self.batch_norm else "as configured"
+            return [*lines, f"advice      {settings}: steps of {self.effective_batch} images, {remark}"]
         return [*lines, f"note        steps of {self.effective_batch} images do not fit, and cannot be made of parts"]
 
 
@@ -116,7 +119,7 @@ def tune_batch(
     """
     num_images = len(build(config, "dataset").train())
     effective = config.dataset.batch_size * config.trainer.accumulate_steps
-    accumulates = _accepted([*overrides, "trainer.accumulate_steps=2"])
+    accumulates, batch_norm = _accepted([*overrides, "trainer.accumulate_steps=2"]), has_batch_norm(config)
     limit = min(max_batch, num_images)
     if limit < multiple:
         raise ValueError(f"--multiple={multiple}: a batch has at most {limit} images here; use {limit} or less")
@@ -135,7 +138,7 @@ def tune_batch(
     sizes = [trial.batch_size for trial in trials if trial.fits(budget)]
     halves = [size for size in sizes if 2 * size <= sizes[-1]] or sizes[:1]
     others = [measure(halves[-1], choice) for choice in choices] if halves else []
-    return Found(trials, others, budget, effective, accumulates)
+    return Found(trials, others, budget, effective, accumulates, batch_norm)
 
 
 def _accepted(overrides: Sequence[str]) -> bool:
@@ -144,6 +147,12 @@ def _accepted(overrides: Sequence[str]) -> bool:
     except ConfigError:
         return False
     return True
+
+
+def has_batch_norm(config: DictConfig) -> bool:
+    backbone = build(config, "backbone")
+    head = build(config, "head", in_dim=backbone.embed_dim)
+    return any(isinstance(part, _BatchNorm) for network in (backbone, head) for part in network.modules())
 
 
 # ---------------------------------------------------------------------- the search
@@ -218,7 +227,7 @@ def run_trial(config: DictConfig, batch_size: int, accumulate_steps: int = 1, me
 
 
 def _short(config: DictConfig, run_dir: Path) -> DictConfig:
-    """A run of some steps, without evaluations, reports and trackers."""
+    """A run of some steps, without evaluations, reports and trackers, that trains all parameters and saves."""
     short = config.copy()
     with open_dict(short):
         short.pop("hydra", None)
@@ -227,6 +236,8 @@ def _short(config: DictConfig, run_dir: Path) -> DictConfig:
         short.monitor.report, short.monitor.every_steps = False, NUM_STEPS
         short.monitor.early_stopping.metric = None
         short.trainer.max_steps = NUM_STEPS
+        short.trainer.save_every_steps = NUM_STEPS // 2  # the peak is read after the last step, before it is saved
+        short.trainer.freeze_last_layer_epochs = 0  # frozen, the prototypes have no state in the optimizer
     return short
 
 
