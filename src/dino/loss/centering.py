@@ -5,17 +5,16 @@ Shapes: N rows (views x images), K prototypes.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Final, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dino.loss.precision import at_least_float32, no_autocast
-from dino.model.projection import slices
+from dino.model.projection import logits_at_a_time, slices
 from dino.ranks import max_over_ranks, sum_over_ranks, sum_over_ranks_meanwhile
 
 CenterInit = Literal["zeros", "first_batch"]
-ROWS: Final = 32  # whose targets are made at a time
 
 
 class Centering(nn.Module, ABC):
@@ -92,7 +91,8 @@ class EMACentering(Centering):
         dtype = torch.promote_types(teacher_logits.dtype, torch.float32)
         targets = torch.empty_like(teacher_logits, dtype=dtype)
         with no_autocast(teacher_logits):
-            for part in slices(len(targets), ROWS):  # few at a time: nothing but the targets is of their size
+            # Some rows at a time: nothing but the targets is of their size.
+            for part in slices(len(targets), max(1, logits_at_a_time(targets.device) // targets.shape[1])):
                 scores = at_least_float32(teacher_logits[part]) - self.center
                 targets[part] = torch.softmax(scores.div_(temp), dim=-1)
         return targets

@@ -7,18 +7,14 @@ Shapes: B images, G global views, V views, N = V*B rows, c images of a chunk, K 
 view-major.
 """
 
-from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dino.loss.precision import at_least_float32, no_autocast
-from dino.model.projection import DirectionGradients, Projection, scaled_prototypes, slices
-
-CHUNK_ON_CPU: Final = 2**20  # logits of a chunk, at least those of one image: 4 MB in float32
-CHUNK_ON_GPU: Final = 2**26
+from dino.model.projection import DirectionGradients, Projection, logits_at_a_time, scaled_prototypes, slices
 
 
 def cross_entropies_of_logits(logits: Tensor, targets: Tensor, num_global_views: int, temp: float) -> Tensor:
@@ -88,40 +84,50 @@ class _OfProjection(torch.autograd.Function):
 
 
 def _visit(logits: Tensor, targets: Tensor, num_global_views: int, temp: float, gradient: Tensor | None) -> Tensor:
-    """The losses [V] of logits [N, K]; writes `raw_gradient_` into `gradient`, which may be the logits themselves."""
+    """The losses [V] of logits [N, K]; puts `put_raw_gradient` into `gradient`, which may be the logits themselves."""
     teacher = targets.view(num_global_views, -1, targets.shape[-1])
     student = logits.view(-1, *teacher.shape[1:])
-    sums = targets.new_zeros(num_global_views, len(student), dtype=_sum_type(targets))
-    for part in _chunks(student):
+    num_views, batch, num_prototypes = student.shape
+    sums = targets.new_zeros(num_global_views, num_views, dtype=_sum_type(targets))
+    at_a_time = max(1, logits_at_a_time(student.device) // (num_views * num_prototypes))  # images
+    for part in slices(batch, at_a_time):
         scores = at_least_float32(student[:, part])
-        log_q = torch.log_softmax(scores if temp == 1 else scores / temp, dim=-1)  # [V, c, K]
+        scores = scores if temp == 1 else scores / temp  # [V, c, K]
+        q, lse = softmax_and_log_sum_exp(scores)
         p = teacher[:, part]
-        # All dot products of one image are a small matrix product.
-        sums -= torch.bmm(p.transpose(0, 1), log_q.permute(1, 2, 0).to(p)).sum(dim=0)
+        # -sum p (score - lse); the products of one image's scores are a small matrix product.
+        products = torch.bmm(p.transpose(0, 1), scores.permute(1, 2, 0).to(p))  # [c, G, V]
+        sums += (p.sum(dim=-1).T[..., None] * lse.T[:, None] - products).sum(dim=0)
         if gradient is not None:
-            gradient.view(student.shape)[:, part] = raw_gradient_(log_q.exp_(), p, gradient.dtype)
+            put_raw_gradient(q, p, gradient.view(student.shape)[:, part])
     sums.diagonal().zero_()  # the same view of the same image
-    return (sums.sum(dim=0) / student.shape[1]).to(targets)
+    return (sums.sum(dim=0) / batch).to(targets)
 
 
-def raw_gradient_(q: Tensor, p: Tensor, stored: torch.dtype) -> Tensor:
+def softmax_and_log_sum_exp(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Over the last dimension, `[..., k]` -> `[..., k]`, `[...]`. One exponential of each score, as the largest
+    probability is 1 / sum exp(score - largest); on a CPU that takes a fraction of torch.logsumexp."""
+    q = torch.softmax(scores, dim=-1)
+    return q, scores.amax(dim=-1) - q.amax(dim=-1).log()
+
+
+def put_raw_gradient(q: Tensor, p: Tensor, place: Tensor) -> None:
     """Student [V, c, k] and teacher [G, c, k] probabilities to minus the gradient of a view's cross-entropies by its
-    scores (logits / temperature), before the mean over images, times `_stored_scale`; made in the place of `q`.
+    scores (logits / temperature), before the mean over images, times `_stored_scale`: in `place`, like `q`.
 
     That is the sum of the view's G or G - 1 teacher views minus as many q.
     """
-    num_global_views = len(p)
+    num_global_views, scale = len(p), _stored_scale(place.dtype)
+    p = p if scale == 1 else p * scale
     total = p.sum(dim=0)
-    local = q[num_global_views:]
-    torch.sub(total, local, alpha=num_global_views, out=local)
+    torch.sub(total, q[num_global_views:], alpha=num_global_views * scale, out=place[num_global_views:])
     for j, view in enumerate(q[:num_global_views]):
         others = p[1 - j] if num_global_views == 2 else total - p[j]
-        torch.sub(others, view, alpha=num_global_views - 1, out=view)
-    return q if _stored_scale(stored) == 1 else q.mul_(_stored_scale(stored))
+        torch.sub(others, view, alpha=(num_global_views - 1) * scale, out=place[j])
 
 
 def row_factors(gradient: Tensor, rows: Tensor) -> Tensor:
-    """What `raw_gradient_`, stored in the type of the N rows, is multiplied with: [N, 1] from the gradient [V] of the
+    """What the raw gradient, stored in the type of the N rows, is multiplied with: [N, 1] from the gradient [V] of the
     losses, in float32 at least."""
     batch = len(rows) // len(gradient)
     factors = (gradient / (-batch * _stored_scale(rows.dtype))).repeat_interleave(batch, output_size=len(rows))
@@ -132,13 +138,6 @@ def _stored_scale(dtype: torch.dtype) -> float:
     """fp16 knows no 1e-8, which is what many prototypes ask of a row: loss scaling comes too late for what is kept from
     the forward pass. A row's gradient, at most twice its largest score, stays far below the largest number."""
     return 2.0**8 if dtype == torch.float16 else 1.0
-
-
-def _chunks(student: Tensor) -> Iterator[slice]:
-    num_views, batch, num_prototypes = student.shape
-    limit = CHUNK_ON_CPU if student.device.type == "cpu" else CHUNK_ON_GPU
-    size = max(1, limit // (num_views * num_prototypes))
-    return (slice(start, start + size) for start in range(0, batch, size))
 
 
 def _sum_type(tensor: Tensor) -> torch.dtype:

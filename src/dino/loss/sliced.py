@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dino.loss.fused import raw_gradient_, row_factors
+from dino.loss.fused import put_raw_gradient, row_factors, softmax_and_log_sum_exp
 from dino.loss.precision import at_least_float32
 from dino.model.projection import DirectionGradients, Projection, scaled_prototypes, slices
 
@@ -75,7 +75,7 @@ class _SlicedCrossEntropies(torch.autograd.Function):
             logits_sum[:, part] = raw.sum(dim=0, keepdim=True)
             t = raw.sub_(center[:, part]).div_(settings.teacher_temp).view(number, batch, -1)
             s = _scores(rows, directions[part], scales[part]).view(num_views, batch, -1)
-            student_lse = torch.logaddexp(student_lse, s.logsumexp(dim=-1))
+            student_lse = torch.logaddexp(student_lse, softmax_and_log_sum_exp(s)[1])
             before, largest = largest, torch.maximum(largest, t.amax(dim=-1))
             shrunk = (before - largest).exp_()  # 0 at the first slice
             e = t.sub_(largest[..., None]).exp_()
@@ -108,8 +108,8 @@ class _SlicedCrossEntropies(torch.autograd.Function):
             p = t.div_(settings.teacher_temp).view(*teacher_lse.shape, -1).sub_(teacher_lse[..., None]).exp_()
             prototypes = scaled_prototypes(directions[part], scales[part], rows.dtype)
             s = at_least_float32(rows @ prototypes.T).view(*student_lse.shape, -1)
-            raw = raw_gradient_(s.sub_(student_lse[..., None]).exp_(), p, rows.dtype)
-            raw = raw.flatten(0, 1).to(rows.dtype)  # [V*B, k]
+            raw = torch.empty(len(rows), p.shape[-1], dtype=rows.dtype, device=rows.device)
+            put_raw_gradient(s.sub_(student_lse[..., None]).exp_(), p, raw.view(s.shape))
             found.put(part, raw, weighted)
             of_rows += raw @ prototypes
         of_rows = of_rows.mul_(factors).to(rows.dtype)

@@ -36,6 +36,11 @@ class Projection:
         return self.directions * (self.gains / lengths)
 
 
+def logits_at_a_time(device: torch.device) -> int:
+    """As few as stay in the cache of a CPU's core, where that is the device: 1 MB in float32."""
+    return 2**18 if device.type == "cpu" else 2**26
+
+
 def slices(number: int, size: int = SLICE) -> Iterator[slice]:
     """0..number in parts of `size`."""
     return (slice(start, min(start + size, number)) for start in range(0, number, size))
