@@ -28,6 +28,7 @@ from dino.evaluation.splits import evaluation_loader, limited
 from dino.schedule import scaled_lr
 
 NEIGHBOURS = 20
+PRECISIONS = ("fp32", "bf16")  # of the baseline; the recipe's is what suits the machine
 BANK = 20_000  # training images that vote; the held-out images are all classified
 
 
@@ -38,7 +39,12 @@ def measure(options: Options) -> list[dict[str, Any]]:
     recipe = compose(["experiment=fashion_mnist"])
     threads, several = recipe.trainer.num_threads or NUM_CORES, num_ranks(recipe.dataset.batch_size)
     contenders = [
-        Contender("baseline", "benchmarks.time_to_accuracy:Baseline", settings, threads=1),
+        *(
+            Contender(
+                f"baseline {precision}", "benchmarks.time_to_accuracy:Baseline", {**settings, "precision": precision}, 1
+            )
+            for precision in PRECISIONS
+        ),
         Contender("ours, as the recipe", "benchmarks.time_to_accuracy:Ours", settings, threads=threads),
         Contender(f"ours, {several} ranks", "benchmarks.time_to_accuracy:Ours", settings, threads=1, ranks=several),
     ]
@@ -62,17 +68,24 @@ def summarise(curves: dict[str, list[list[float]]]) -> dict[str, Any]:
     """When each reaches what all reach, and the curves."""
     reached = min(max(accuracy for _, accuracy in curve) for curve in curves.values())
     seconds = {name: seconds_to(reached, curve) for name, curve in curves.items()}
+    baselines = [name for name in curves if name.startswith("baseline")]
     rows = [
         [
             name,
             f"{curve[-1][0]:.0f}",
             f"{curve[-1][1]:.1f} %",
             f"{seconds[name]:.0f}",
-            f"{seconds['baseline'] / seconds[name]:.2f}" if seconds[name] else "",
+            *(f"{seconds[baseline] / seconds[name]:.2f}" if seconds[name] else "" for baseline in baselines),
         ]
         for name, curve in curves.items()
     ]
-    columns = ["", "seconds in all", "k-NN at the end", f"seconds to {reached:.1f} %", "times baseline"]
+    columns = [
+        "",
+        "seconds in all",
+        "k-NN at the end",
+        f"seconds to {reached:.1f} %",
+        *(f"times {name}" for name in baselines),
+    ]
     return {"name": "Fashion-MNIST, on the CPU", "columns": columns, "rows": rows, "curves": curves}
 
 
@@ -153,7 +166,7 @@ class Ours(Recipe):
 class Baseline(Recipe):
     """The textbook's step fed by a DataLoader of PIL views, on the schedules of the recipe."""
 
-    def __init__(self, device: torch.device, root: str, epochs: int, steps: int | None) -> None:
+    def __init__(self, device: torch.device, root: str, epochs: int, steps: int | None, precision: str) -> None:
         super().__init__(device, root, epochs, steps)
         images = self.dataset.train().images
         assert images is not None
@@ -167,7 +180,7 @@ class Baseline(Recipe):
             persistent_workers=True,
         )
         self.steps_per_epoch = steps or len(self.loader)
-        self.training = baseline_training(self.config, "fp32", device)
+        self.training = baseline_training(self.config, precision, device)
         self.backbone = build(self.config, "backbone")
         span = {"epochs": epochs, "steps_per_epoch": self.steps_per_epoch}
         lr = scaled_lr(self.config.optimizer.lr, batch, self.config.trainer.lr_reference_batch)
