@@ -36,7 +36,7 @@ lint: install  ## ruff
 types: install  ## mypy --strict on src/dino
 	$(BIN)/mypy --strict src/dino
 
-bench: install  ## this project beside a textbook implementation and lightly, an hour or more on 2 cores; BENCH="step --quick"
+bench: install  ## this project beside a textbook implementation and lightly, one to two hours on 2 cores; BENCH="step --quick"
 	-$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[bench]"
 	$(BIN)/python benchmarks/run.py $(BENCH)
 

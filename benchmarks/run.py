@@ -1,6 +1,6 @@
 """Measures this project beside a textbook implementation and lightly, on this machine.
 
-    python benchmarks/run.py                        # everything: an hour or more on 2 cores
+    python benchmarks/run.py                        # everything: one to two hours on 2 cores
     python benchmarks/run.py step views --rounds 9  # some of it, for longer
     python benchmarks/run.py --quick                # does everything run: some minutes, figures without meaning
     python benchmarks/run.py --page                 # only writes the page and plots anew, from the results that exist
