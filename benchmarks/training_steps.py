@@ -101,7 +101,7 @@ class OurStep(StepWork):
     def __init__(self, config: DictConfig, device: torch.device, steps_per_epoch: int = STEPS_PER_EPOCH) -> None:
         super().__init__(random_views(config, device))
         options = build(config, "trainer")
-        precision = prepare_process(replace(options, device=device.type))
+        precision = prepare_process(replace(options, device=device.type, num_threads=None))  # threads: the harness's
         set_seeds(0)
         self.train_step = build_step(config, options, precision, steps_per_epoch, config.dataset.batch_size)
 

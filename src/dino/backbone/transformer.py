@@ -128,7 +128,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v: `[N, heads, T', d]`, `[N, heads, T, d]` twice -> `[N, heads, T', d]`."""
     if query.device.type == "cuda":
         return F.scaled_dot_product_attention(query, key, value)
-    return attention_weights(query, key) @ value  # in bf16 several times as fast on a CPU, forward and backward
+    return attention_weights(query, key) @ value  # faster on a CPU in bf16: benchmarks/step.py, lightly with either
 
 
 def attention_weights(query: Tensor, key: Tensor) -> Tensor:
@@ -154,8 +154,8 @@ class MLP(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth: in training a sample's residual branch is zero with probability `drop_prob`, else scaled up.
 
-    Leaving the dropped images out of the branch instead is no faster at the paper's rate of 0.1 at most: the copies of
-    the tokens that it needs cost what it saves.
+    The branch is computed for the dropped images too: leaving them out takes copies of the tokens, and shapes that
+    change at every step.
     """
 
     def __init__(self, drop_prob: float) -> None:
