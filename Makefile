@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Files of tests on all cores at once, which each take memory for torch.
+PARALLEL := -n auto --maxprocesses 8 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test test-all check lint types bench slurm-up slurm-down clean
@@ -22,10 +24,10 @@ train: install  ## the quickstart: digits, a few minutes on a CPU, ends in a k-N
 	$(BIN)/python train.py
 
 test: install  ## the tests, under 10 minutes on 2 cores
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: install  ## all tests, the slow proofs too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 check: lint types test  ## what CI runs
 

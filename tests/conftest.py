@@ -23,6 +23,14 @@ RANKS_TIMEOUT_S = 120
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers (pytest -n) a file is one worker's, and all that needs the one Slurm of this machine too."""
+    for item in items:
+        group = "slurm" if "slurm" in item.path.relative_to(REPOSITORY).parts else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def reference() -> Callable[[str], dict[str, Any]]:
     """`reference("loss_0.npz")`: the named file of `tests/reference/official_dino`, as a dictionary."""

@@ -1,4 +1,4 @@
-"""The `dino` command: looking at data, views, the loss and checkpoints without training.
+"""The `dino` command: data, views, the loss and checkpoints of runs, and what can be done with what was learned.
 
 Arguments are overrides, as of train.py, where a command composes a config.
 """
@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Column, Table
 
+from dino import trained_commands
+
 if TYPE_CHECKING:
     from dino.augmentation import ViewBatch
     from dino.runtime import Precision
@@ -22,6 +24,11 @@ app = typer.Typer(
 data = typer.Typer(no_args_is_help=True, help="What is learned from.")
 debug = typer.Typer(no_args_is_help=True, help="What happens inside a step.")
 tune = typer.Typer(no_args_is_help=True, help="Settings that suit the machine.")
+app.command()(trained_commands.evaluate)
+app.command()(trained_commands.attend)
+app.command()(trained_commands.export)
+app.command()(trained_commands.results)
+app.command()(trained_commands.doctor)
 app.add_typer(data, name="data")
 app.add_typer(debug, name="debug")
 app.add_typer(tune, name="tune")

@@ -49,8 +49,12 @@ DRAW = """
 """
 
 
-def document(title: str, body: Sequence[str]) -> str:
-    """The whole file; the parts of `body` are HTML in which whatever comes from outside is escaped."""
+def document(title: str, body: Sequence[str], *, figures: bool = True) -> str:
+    """The whole file; the parts of `body` are HTML in which whatever comes from outside is escaped.
+
+    Args:
+        figures: whether there are plotly figures in it, which take their script along.
+    """
     head = [
         '<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
@@ -58,7 +62,8 @@ def document(title: str, body: Sequence[str]) -> str:
         f"<title>{html.escape(title)}</title>",
         f"<style>{STYLE}</style>",
     ]
-    scripts = [f'<script type="text/plain" id="plotly">{_packed_plotly()}</script>', f"<script>{DRAW}</script>"]
+    plotly = [f'<script type="text/plain" id="plotly">{_packed_plotly()}</script>', f"<script>{DRAW}</script>"]
+    scripts = plotly if figures else []
     content = [*head, "</head>", "<body>", *body, *scripts, "</body>", "</html>"]
     return "\n".join(["<!DOCTYPE html>", '<html lang="en">', "<head>", *content]) + "\n"
 

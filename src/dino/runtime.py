@@ -52,6 +52,8 @@ def reuse_freed_memory(reuse: bool = True) -> None:
         libc = ctypes.CDLL("libc.so.6")
         for parameter, value in settings.items():
             libc.mallopt(parameter, value)
+        if not reuse:
+            libc.malloc_trim(0)  # what was kept until now
 
 
 @dataclass(frozen=True)

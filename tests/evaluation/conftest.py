@@ -120,9 +120,11 @@ def make_inputs(
             "teacher_temp": 0.05,
             "limit_samples": None,
             "untrained": False,
+            "folder": tmp_path / "run" / "evaluation",
             "directory": tmp_path / "run",
             "step": 132,
         }
-        return EvaluationInputs(**(fields | changes))
+        fields |= changes
+        return EvaluationInputs(**{"backbone": fields["model"].teacher.backbone} | fields)
 
     return make

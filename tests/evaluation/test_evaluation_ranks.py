@@ -1,5 +1,6 @@
 """Evaluation over real gloo ranks is the evaluation of one process, bit for bit, and gives way to signals."""
 
+import dataclasses
 import os
 import signal
 from collections.abc import Callable
@@ -156,7 +157,7 @@ def test_a_signal_to_one_rank_ends_the_evaluation_of_all(
         modes = [part.training for part in inputs.model.modules()]
         preemption.listen()
         with pytest.raises(preemption.Preempted):
-            evaluator.evaluate(inputs)
+            evaluator.evaluate(dataclasses.replace(inputs, backbone=backbone))
         return [part.training for part in inputs.model.modules()] == modes, backbone.num_batches
 
     results = run_ranks(stop, world_size)

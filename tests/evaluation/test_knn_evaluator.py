@@ -74,8 +74,8 @@ def test_limits_cap_both_splits_and_the_bank(make_inputs: MakeInputs) -> None:
             return images.flatten(1)
 
     for limit, max_bank, expected in ((None, None, 1437 + 360), (50, None, 100), (50, 30, 80), (None, 30, 390)):
-        inputs = make_inputs(limit_samples=limit)
-        inputs.model.teacher.backbone = counting = Counting()
+        counting = Counting()
+        inputs = make_inputs(limit_samples=limit, backbone=counting)
         KNNEvaluator(max_bank=max_bank, neighbours=[5]).evaluate(inputs)
         assert counting.seen == expected
 

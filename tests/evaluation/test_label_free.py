@@ -116,8 +116,7 @@ def test_a_collapsed_teacher_has_rank_one_no_spread_and_retrieves_by_chance(make
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return torch.arange(16.0).expand(len(images), 16)
 
-    inputs = make_inputs(limit_samples=100)
-    inputs.model.teacher.backbone = Constant()
+    inputs = make_inputs(limit_samples=100, backbone=Constant())
     found = LabelFreeEvaluator().evaluate(inputs)
     assert found == pytest.approx(
         {
@@ -132,10 +131,10 @@ def test_a_collapsed_teacher_has_rank_one_no_spread_and_retrieves_by_chance(make
 
 
 def test_features_that_are_not_finite_are_refused(make_inputs: MakeInputs) -> None:
-    inputs = make_inputs(limit_samples=10)
-    inputs.model.teacher.backbone = nn.Sequential(nn.Flatten(), nn.LazyLinear(4))
-    inputs.model.teacher.backbone(torch.zeros(1, 1, 16, 16))
-    nn.init.constant_(inputs.model.teacher.backbone[1].weight, math.inf)
+    backbone = nn.Sequential(nn.Flatten(), nn.LazyLinear(4))
+    backbone(torch.zeros(1, 1, 16, 16))
+    nn.init.constant_(backbone[1].weight, math.inf)
+    inputs = make_inputs(limit_samples=10, backbone=backbone)
     with pytest.raises(ValueError, match="not finite"):
         LabelFreeEvaluator().evaluate(inputs)
 

@@ -121,9 +121,9 @@ KEPT = """
 import psutil, torch
 from dino.runtime import reuse_freed_memory
 process = psutil.Process()
-for reuse in (True, False, True):
+for reuse, size in ((True, 100), (False, 150), (True, 100)):
     reuse_freed_memory(reuse)
-    tensor = torch.ones(100 << 20)
+    tensor = torch.ones(size << 20)  # the second fits into nothing that the first has left
     before = process.memory_info().rss
     del tensor
     print(before - process.memory_info().rss < 200 << 20)

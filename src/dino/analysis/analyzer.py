@@ -13,6 +13,7 @@ from dino.analysis.score import Deduction, deductions
 from dino.analysis.statistics import Trend, trend
 from dino.analysis.verdicts import Verdict, verdicts
 from dino.exits import EXIT_COLLAPSED, EXIT_NON_FINITE
+from dino.monitor import began_with_weights
 from dino.monitor.advice import Recommendation
 
 Learning = Literal["learns", "collapsed", "diverged", "does not learn", "not yet known"]
@@ -247,11 +248,12 @@ def _against_untrained(history: History, metric: str) -> str:
     def words(value: float) -> str:
         return f"{100 * value:.1f} %" if metric.endswith("_ratio") else f"{value:.1f} %"
 
+    start = "loaded" if began_with_weights(history.settings) else "untrained"
     series, before = history.series(metric).finite, history.untrained(metric)
     now, best = float(series.values[-1]), float(max(series.trained.values, default=math.nan))
     if series.steps[-1] == 0:
-        return f"{words(now)} untrained, not measured since"
+        return f"{words(now)} {start}, not measured since"
     text = words(now)
     if before is not None:
-        text += f" (untrained {words(before)}" + (f", best {words(best)})" if best > now else ")")
+        text += f" ({start} {words(before)}" + (f", best {words(best)})" if best > now else ")")
     return text

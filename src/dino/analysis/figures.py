@@ -19,6 +19,7 @@ from dino.analysis.charts import (
     marks,
     short,
 )
+from dino.analysis.classes import classes_of
 from dino.analysis.correlations import matrix
 from dino.analysis.distributions import distributions
 from dino.analysis.history import History, labels, mean
@@ -198,7 +199,9 @@ def correlated(histories: Sequence[History]) -> list[Drawing]:
 def drawings_of(history: History) -> list[Drawing]:
     """All pictures of one run, as they are saved in `plots/`."""
     runs = [history]
-    return [*learning(runs), *optimisation(runs), *performance(runs), *distributions(history), *correlated(runs)]
+    classes = classes_of(history)
+    found = [*learning(runs), *optimisation(runs), *performance(runs), *classes, *distributions(history)]
+    return [*found, *correlated(runs)]
 
 
 # ---------------------------------------------------------------------- pieces

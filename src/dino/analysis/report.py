@@ -13,6 +13,7 @@ import yaml
 from dino.analysis import figures
 from dino.analysis.analyzer import Analysis, analyse
 from dino.analysis.charts import Drawing
+from dino.analysis.classes import classes_of, newest_classes, worst_classes
 from dino.analysis.distributions import chosen, distributions
 from dino.analysis.history import History, labels
 from dino.analysis.images import all_embedded
@@ -91,6 +92,7 @@ def page(analyses: Sequence[Analysis]) -> str:
         section("Does it learn?", _figures(figures.learning(histories))),
         section("Gradients and schedules", _figures(figures.optimisation(histories))),
         section("Speed and memory", _figures(figures.performance(histories))),
+        section("Classes", _classes(histories, names)),
         section("Distributions over prototypes", _distributions(histories, names)),
     ]
     after = [
@@ -228,6 +230,18 @@ def _when(seconds: float) -> str:
 def _figures(drawings: Sequence[Drawing]) -> str:
     drawn = "".join(figure(each.name, each.title, each.caption, figure_of(each)) for each in drawings)
     return f'<div class="columns">{drawn}</div>' if drawn else paragraph("There is nothing to draw yet.")
+
+
+def _classes(histories: Sequence[History], names: Sequence[str]) -> str:
+    parts = []
+    for place, (history, name) in enumerate(zip(histories, names, strict=True)):
+        content = newest_classes(history)
+        if content is not None:
+            drawings = classes_of(history, f"_{place}" if len(histories) > 1 else "")
+            title = f"<h3>{html.escape(name)}</h3>" if len(histories) > 1 else ""
+            rows = table(["recognised worst", "images", "k-NN"], worst_classes(content))
+            parts.append(title + (_figures(drawings) if drawings else "") + rows)
+    return "".join(parts) or paragraph("None were recorded.")
 
 
 def _distributions(histories: Sequence[History], names: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dino.analysis.history import Event, History
 
-MOMENTARY = ("non_finite", "plateau")
+MOMENTARY = ("non_finite", "plateau", "features_lost")
 
 
 @dataclass(frozen=True)

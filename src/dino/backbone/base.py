@@ -16,10 +16,33 @@ class Backbone(nn.Module, ABC):
     recompute: Recompute = "nothing"  # of what the backward pass needs (`trainer.memory`)
     embed_dim: int  # D
     patch_size: int = 1  # both sides of an image must be multiples of it [pixels]
+    depth: int = 0  # blocks, of a ViT
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether it is a ViT with a class token, which has `intermediate_layers` and `last_attention`."""
+        return False
 
     @abstractmethod
     def forward(self, *batches: Tensor) -> Tensor:
         """Batches `[N_i, C, H_i, W_i]` -> their features, one batch below the other, `[sum N_i, D]`."""
+
+    def intermediate_layers(self, images: Tensor, n: int) -> list[Tensor]:
+        """`[N, C, H, W]` -> outputs of the last `n` blocks after the final norm, `[N, T, D]` each, oldest first: the
+        class token, then the patches row by row.
+
+        Raises:
+            ValueError: if there are no tokens, or not `n` blocks.
+        """
+        raise ValueError(f"{type(self).__name__} has no patch tokens: use a ViT")
+
+    def last_attention(self, images: Tensor) -> Tensor:
+        """`[N, C, H, W]` -> `[N, heads, T, T]`: the last block's attention after softmax, the class token first.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        raise ValueError(f"{type(self).__name__} has no attention: use a ViT")
 
     def compile_parts(self) -> None:
         """Lets torch.compile at what is worth it: here the whole network."""

@@ -110,6 +110,27 @@ def from_hugging_face(state: State) -> State:
     return {_hugging_face_name(name): value for name, value in state.items()}
 
 
+def to_hugging_face(state: Mapping[str, Tensor]) -> State:
+    """The inverse: a ViT of ours by the names of Hugging Face's ViTModel."""
+    names = {ours: theirs for theirs, ours in HUGGING_FACE.items()}
+    block_names = {ours: theirs for theirs, ours in HUGGING_FACE_BLOCK.items()}
+    renamed: State = {}
+    for name, value in state.items():
+        if name in names:
+            renamed[names[name]] = value
+        elif match := re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name):
+            theirs = f"encoder.layer.{match[1]}.{block_names[match[2]]}.{match[3]}"
+            parts = ("query", "key", "value") if ".qkv." in theirs else ()
+            for part, third in zip(parts, value.chunk(3), strict=False):
+                renamed[theirs.replace(".qkv.", f".{part}.")] = third.contiguous()
+            if not parts:
+                renamed[theirs] = value
+        else:
+            module, _, parameter = name.rpartition(".")
+            renamed[f"{names[module]}.{parameter}"] = value
+    return renamed
+
+
 def _hugging_face_name(name: str) -> str:
     table, prefix, stem = HUGGING_FACE, "", name
     if match := re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", name):

@@ -58,9 +58,44 @@ class TimmBackbone(OneSizeBackbone):
         if patch_size > 1 and patch_size % patch:
             raise ValueError(f"backbone.patch_size={patch_size}: {model_name} has patches of {patch}; set that")
         self.patch_size = max(patch, patch_size)
+        self.depth = len(list(self.network.blocks.children())) if self.has_tokens else 0  # type: ignore[union-attr]
         self.check_image_size(image_size)
         load_initial_weights(self, weights, None)
         self.to(memory_format=torch.channels_last)  # the faster one of convolutions, on CPUs and tensor cores
+
+    @property
+    def has_tokens(self) -> bool:
+        from timm.models.vision_transformer import VisionTransformer
+
+        return isinstance(self.network, VisionTransformer) and self.network.cls_token is not None
+
+    def intermediate_layers(self, images: Tensor, n: int) -> list[Tensor]:
+        """As in the base class; registers are left out."""
+        if not self.has_tokens:
+            return super().intermediate_layers(images, n)
+        if not 1 <= n <= self.depth:
+            raise ValueError(f"n={n} last blocks: the backbone has {self.depth}")
+        network: Any = self.network
+        options = {"norm": True, "output_fmt": "NLC", "return_prefix_tokens": True, "intermediates_only": True}
+        layers = network.forward_intermediates(images, indices=n, **options)
+        return [torch.cat((prefix[:, :1], patches), dim=1) for patches, prefix in layers]
+
+    def last_attention(self, images: Tensor) -> Tensor:
+        """As in the base class; what goes to registers is left out, so with them rows sum to less than 1."""
+        if not self.has_tokens:
+            return super().last_attention(images)
+        network: Any = self.network
+        self.check_size(*images.shape[-2:])
+        tokens = network.norm_pre(network.patch_drop(network._pos_embed(network.patch_embed(images))))
+        for block in network.blocks[:-1]:
+            tokens = block(tokens)
+        attention, last = network.blocks[-1].attn, network.blocks[-1].norm1(tokens)
+        shape = (len(tokens), tokens.shape[1], 3, attention.num_heads, -1)
+        query, key, _ = attention.qkv(last).view(shape).permute(2, 0, 3, 1, 4)
+        scores = (attention.q_norm(query) * attention.scale) @ attention.k_norm(key).transpose(-2, -1)
+        kept = [0, *range(network.num_prefix_tokens, tokens.shape[1])]
+        weights: Tensor = scores.softmax(dim=-1)[:, :, kept][..., kept]
+        return weights
 
     def published(self) -> nn.Module:
         return self.network

@@ -30,14 +30,14 @@ Layout = Sequence[Sequences]
 
 def packed(batches: Sequence[Tensor]) -> tuple[Tensor, Layout]:
     """Tokens `[N_i, T_i, D]` as one matrix `[R, D]`, and which rows are whose."""
-    layout = [Sequences(len(tokens), tokens.shape[1]) for tokens in batches]
+    layout = [Sequences(tokens.shape[0], tokens.shape[1]) for tokens in batches]  # not len: torch.export fixes that
     rows = [tokens.flatten(0, 1) for tokens in batches]
     return rows[0] if len(rows) == 1 else torch.cat(rows), layout
 
 
 def unpacked(rows: Tensor, layout: Layout) -> list[Tensor]:
     """`[R, X]` -> `[N_i, T_i, X]`."""
-    parts = torch.split(rows, [images * length for images, length in layout])
+    parts = [rows] if len(layout) == 1 else torch.split(rows, [images * length for images, length in layout])
     return [part.view(images, length, -1) for part, (images, length) in zip(parts, layout, strict=True)]
 
 

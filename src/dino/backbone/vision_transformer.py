@@ -114,7 +114,7 @@ class VisionTransformer(Backbone):
         if channels != expected:
             raise ValueError(f"images have {channels} channels, but backbone.channels={expected}")
         patches = self.patch_embed(images)
-        tokens = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1)
+        tokens = torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1)
         return tokens + resize_positions(self.pos_embed, height // self.patch_size, width // self.patch_size)
 
     def forward(self, *batches: Tensor) -> Tensor:
@@ -129,6 +129,10 @@ class VisionTransformer(Backbone):
         last = self._blocks[-1].run(tokens, layout, class_tokens_only=True, recompute=self.recompute)
         features: Tensor = self.norm(last)
         return features
+
+    @property
+    def has_tokens(self) -> bool:
+        return True
 
     def last_attention(self, images: Tensor) -> Tensor:
         """`[N, C, H, W]` -> `[N, heads, T, T]`: the last block's attention after softmax, rows sum to 1."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from dino import preemption
 from dino.ranks import any_rank, gather_rows
@@ -23,6 +24,7 @@ def extract_features(
     *,
     mean: Sequence[float],
     std: Sequence[float],
+    half_precision: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Runs every image of `loader` through `model`, which is in evaluation mode meanwhile.
 
@@ -35,11 +37,13 @@ def extract_features(
         loader: pairs of uint8 images [n, C, H, W] and labels [n] (or None), such as `EvaluationLoader`.
         device: where the model runs.
         autocast: makes the context of a forward pass; features are float32 whatever it computes in.
+        half_precision: features are L2-normalised and kept in float16.
         mean: of each channel, for pixel values from 0 to 1.
         std: of each channel.
 
     Returns:
-        Features [N, D] in float32 and labels [N] (None where the loader has none), both on the CPU, in their order.
+        Features [N, D] in float32 (or float16) and labels [N] (None where the loader has none), both on the CPU, in
+        their order.
 
     Raises:
         ValueError: for loaders without images.
@@ -52,13 +56,14 @@ def extract_features(
         for images, batch_labels in preemption.until_requested(loader):
             views = normalized(images.to(device, non_blocking=True), mean, std)
             with autocast():
-                batch = model(views)
-            features.append(batch.float().cpu())
+                batch = model(views).float()
+            features.append((normalize(batch, dim=1).half() if half_precision else batch).cpu())
             if batch_labels is not None:
                 labels.append(batch_labels)
     preemption.check()
     # Joined outside of inference mode: a probe that trains on inference tensors would be refused by autograd.
-    rows = gather_rows(torch.cat(features) if features else torch.empty(0))
+    kept_as = torch.float16 if half_precision else torch.float32
+    rows = gather_rows(torch.cat(features) if features else torch.empty(0, dtype=kept_as))
     if len(rows) == 0:
         raise ValueError("there are no images to extract features from")
     if not any_rank(bool(labels)):

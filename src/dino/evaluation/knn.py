@@ -5,7 +5,7 @@ Shapes: N rows of the bank, M queries, D features, k neighbours, C classes.
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,10 +23,11 @@ QUERY_CHUNK = 512
 
 @dataclass(frozen=True)
 class KNNResult:
-    """Shares of correctly classified queries [%]."""
+    """Shares of correctly classified queries [%], and the class that each was taken for."""
 
     top1: float
     top5: float
+    predictions: Tensor = field(compare=False)  # [M] int64
 
 
 def knn_classify(
@@ -88,14 +89,17 @@ def knn_classify(
         weights = ((similarities - similarities[:, :1]) / temperature).exp()
         labels = bank_labels.to(device)[rows]
         targets = query_labels[own].to(device)
-        hits = _count_hits(weights, labels, targets, num_classes, set(neighbours), query_chunk)
+        hits = _votes(weights, labels, targets, num_classes, set(neighbours), query_chunk)
     preemption.check()
     parts = gather_objects(hits)
     num_queries = len(query_features)
     results = {}
     for k in neighbours:
-        top1, top5 = (sum(counts) for counts in zip(*(part[min(k, bank_size)] for part in parts), strict=True))
-        results[k] = KNNResult(top1 * 100.0 / num_queries, top5 * 100.0 / num_queries)
+        of_ranks = [part[min(k, bank_size)] for part in parts]
+        predictions = torch.cat([predicted for predicted, _ in of_ranks])
+        top1 = int((predictions == query_labels.cpu()).sum())
+        top5 = sum(hits for _, hits in of_ranks)
+        results[k] = KNNResult(top1 * 100.0 / num_queries, top5 * 100.0 / num_queries, predictions)
     return results
 
 
@@ -169,10 +173,11 @@ def _top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, columns.gather(1, by_value)
 
 
-def _count_hits(
+def _votes(
     weights: Tensor, labels: Tensor, targets: Tensor, num_classes: int, neighbours: set[int], chunk: int
-) -> dict[int, tuple[int, int]]:
-    """Number of queries whose class is first, and among the first min(5, k, C), for each k up to the size of the bank.
+) -> dict[int, tuple[Tensor, int]]:
+    """The classes [M] that win, and the number of queries whose class is among the first min(5, k, C), for each k up to
+    the size of the bank.
 
     Args:
         weights: [M, k] votes of the neighbours, nearest first.
@@ -181,7 +186,8 @@ def _count_hits(
     """
     largest = weights.shape[1]
     wanted = {min(k, largest) for k in neighbours}
-    hits = dict.fromkeys(wanted, (0, 0))
+    winners: dict[int, list[Tensor]] = {k: [] for k in wanted}
+    hits = dict.fromkeys(wanted, 0)
     classes = torch.arange(num_classes, device=weights.device)
     for first in preemption.until_requested(range(0, len(targets), chunk)):
         weight, label, target = (part[first : first + chunk] for part in (weights, labels, targets))
@@ -194,11 +200,13 @@ def _count_hits(
             if k in wanted:
                 of_target = votes.gather(1, target[:, None])
                 before = (votes > of_target) | ((votes == of_target) & (classes < target[:, None]))
-                rank = before.sum(dim=1)
-                top1, top5 = hits[k]
                 within = min(5, k, num_classes)
-                hits[k] = top1 + int((rank == 0).sum()), top5 + int((rank < within).sum())
-    return hits
+                # Of equal votes the first class, which argmax does not promise.
+                most = torch.where(votes == votes.amax(dim=1, keepdim=True), classes, num_classes).amin(dim=1)
+                winners[k].append(most.cpu())
+                hits[k] += int((before.sum(dim=1) < within).sum())
+    none = torch.empty(0, dtype=torch.int64)
+    return {k: (torch.cat([none, *winners[k]]), hits[k]) for k in wanted}
 
 
 def _compute_type(features: Tensor) -> torch.dtype:

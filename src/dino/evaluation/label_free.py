@@ -6,6 +6,7 @@ Shapes: N images, B images in a batch, D features.
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,28 +17,26 @@ from dino.backbone.base import check_at_least
 from dino.dataset import Source, spread_indices
 from dino.evaluation.features import evaluation_mode, extract_features
 from dino.evaluation.held_out_views import held_out_views, in_batches
-from dino.evaluation.inputs import EvaluationInputs
+from dino.evaluation.inputs import EvaluationInputs, FeatureInputs
 from dino.evaluation.knn import QUERY_CHUNK, nearest_neighbours
 from dino.evaluation.splits import Once, evaluation_loader, held_out_or_training, limited, smaller
 
 
 @dataclass(kw_only=True)
-class LabelFreeEvaluator:
-    """What the teacher's features are worth, of the same held-out images every time; labels are not looked at.
+class RankEvaluator:
+    """How many dimensions the features fill, of the same held-out images every time; labels are not looked at.
 
     - `val/effective_rank`: how many dimensions they fill, higher is better. RankMe (Garrido et al. 2023,
       arXiv:2210.02885). A collapse, full or of some dimensions, shows as a fall towards 1. It is bounded by the number
       of images as well as by the features' dimension, so values of different networks compare by their share of what
       is attainable, `val/effective_rank_ratio` = effective rank / min(N, D), at the same N.
     - `val/feature_std`: how far they are spread over the sphere, from 0 (all equal) to 1; see `feature_std`.
-    - `val/view_retrieval_top1` [%]: for how many images the first global view is nearer (cosine similarity) to the
-      second global view of the same image than to that of any other. Chance, and features that are all equal, give
-      100 / N. The views are those of training, drawn once and for all.
 
-    The teacher runs in evaluation mode. Under several ranks every one gets the values that a single process would.
+    The backbone runs in evaluation mode. Under several ranks every one gets the values that a single process would.
 
     Args:
         every_epochs: period; read by the trainer.
+        prefix: what the names of the metrics begin with.
         max_samples: at most so many held-out images, spread over the split; training images where none are held out.
 
     Raises:
@@ -45,14 +44,17 @@ class LabelFreeEvaluator:
     """
 
     every_epochs: int = 10
+    prefix: str = "val"
     max_samples: int = 2048
     _once: Once = field(default_factory=Once, init=False, repr=False)
+    _option: ClassVar[str] = "rank"
 
     def __post_init__(self) -> None:
-        check_at_least("evaluation.label_free", 1, every_epochs=self.every_epochs, max_samples=self.max_samples)
+        owner = f"evaluation.{self._option}"
+        check_at_least(owner, 1, every_epochs=self.every_epochs, max_samples=self.max_samples)
 
-    def evaluate(self, inputs: EvaluationInputs) -> dict[str, float]:
-        """All four values.
+    def evaluate(self, inputs: FeatureInputs) -> dict[str, float]:
+        """All three values.
 
         Raises:
             ValueError: features that are not finite, or no image that can be read.
@@ -61,19 +63,34 @@ class LabelFreeEvaluator:
         if inputs.dataset.evaluation() is None:
             name = inputs.dataset.name
             self._once.say(f"label-free quality of training images: dataset {name} has no held-out split")
-        source = held_out_or_training(inputs.dataset)
-        limit = smaller(self.max_samples, inputs.limit_samples)
+        source = limited(held_out_or_training(inputs.dataset), smaller(self.max_samples, inputs.limit_samples))
         mean, std = inputs.dataset.normalization()
-        loader = evaluation_loader(limited(source, limit), inputs.dataset)
-        backbone = inputs.model.teacher.backbone
-        features, _ = extract_features(backbone, loader, inputs.device, inputs.autocast, mean=mean, std=std)
+        loader = evaluation_loader(source, inputs.dataset)
+        features, _ = extract_features(inputs.backbone, loader, inputs.device, inputs.autocast, mean=mean, std=std)
         rank = effective_rank(features)
         return {
-            "val/effective_rank": rank,
-            "val/effective_rank_ratio": rank / min(features.shape),
-            "val/feature_std": feature_std(features),
-            "val/view_retrieval_top1": retrieval_top1(*self._view_features(inputs, source, limit), inputs.device),
+            f"{self.prefix}/effective_rank": rank,
+            f"{self.prefix}/effective_rank_ratio": rank / min(features.shape),
+            f"{self.prefix}/feature_std": feature_std(features),
         }
+
+
+@dataclass(kw_only=True)
+class LabelFreeEvaluator(RankEvaluator):
+    """What `RankEvaluator` measures, and whether the views of an image find each other:
+
+    `val/view_retrieval_top1` [%]: for how many images the first global view is nearer (cosine similarity) to the
+    second global view of the same image than to that of any other. Chance, and features that are all equal, give
+    100 / N. The views are those of training, drawn once and for all.
+    """
+
+    _option: ClassVar[str] = "label_free"
+
+    def evaluate(self, inputs: EvaluationInputs) -> dict[str, float]:  # type: ignore[override]  # needs a run
+        """All four values; raises as `RankEvaluator.evaluate`."""
+        source = held_out_or_training(inputs.dataset)
+        views = self._view_features(inputs, source, smaller(self.max_samples, inputs.limit_samples))
+        return super().evaluate(inputs) | {f"{self.prefix}/view_retrieval_top1": retrieval_top1(*views, inputs.device)}
 
     def _view_features(self, inputs: EvaluationInputs, source: Source, limit: int | None) -> tuple[Tensor, Tensor]:
         """The teacher's features of the first and of the second global view, two [N, D] in float32 on the CPU."""
@@ -82,7 +99,7 @@ class LabelFreeEvaluator:
         # A view depends on no other one, so the global views are the same without the local ones.
         augmentation = dataclasses.replace(inputs.augmentation, num_local_views=0)
         views = held_out_views(inputs, source, batches, self._once, augmentation=augmentation)
-        backbone = inputs.model.teacher.backbone
+        backbone = inputs.backbone
         pairs: list[Tensor] = []  # [B, 2, D] each
         with torch.inference_mode(), evaluation_mode(backbone):
             for batch in preemption.until_requested(views):

@@ -21,21 +21,20 @@ from dino.backbone.base import check_at_least
 from dino.contact_sheet import magnified, pictures_of, write_sheet
 from dino.dataset import Source, SubsetSource, UnreadableImage, spread_indices
 from dino.dataset.evaluation_loader import resize_and_cut
+from dino.evaluation.attention import class_attention
 from dino.evaluation.distributions import Distributions
 from dino.evaluation.features import evaluation_mode, extract_features, normalized
 from dino.evaluation.held_out_views import held_out_views, in_batches
 from dino.evaluation.inputs import EvaluationInputs
 from dino.evaluation.knn import nearest_neighbours
 from dino.evaluation.splits import Once, evaluation_loader, held_out_or_training, limited, smaller
+from dino.heat import heat
 from dino.run import write_json
 
 NUM_SEARCHED: Final = 1000  # images among which neighbours are looked for
 NUM_NEIGHBOURS: Final = 5
 NUM_DISTRIBUTIONS: Final = 256  # images
 CELL: Final = 112  # side of an image in a picture [pixels]; what is smaller is magnified by a whole number
-
-# From no attention to the most: black, violet, red, orange, pale yellow.
-COLOURS: Final = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
 
 
 @dataclass(kw_only=True)
@@ -139,7 +138,7 @@ def _features(inputs: EvaluationInputs, source: Source) -> tuple[Tensor, NDArray
     numbered.labels = np.arange(len(source))  # so that a row of features knows its image
     mean, std = inputs.dataset.normalization()
     loader = evaluation_loader(numbered, inputs.dataset)
-    backbone = inputs.model.teacher.backbone
+    backbone = inputs.backbone
     features, numbers = extract_features(backbone, loader, inputs.device, inputs.autocast, mean=mean, std=std)
     assert numbers is not None
     return features, numbers.numpy()
@@ -175,24 +174,14 @@ def write_attention(inputs: EvaluationInputs, images: Tensor, path: Path) -> Non
 
     Every map is as bright as its largest value allows. Nothing where the backbone has no such attention.
     """
-    backbone = inputs.model.teacher.backbone
-    last_attention = getattr(backbone, "last_attention", None)
-    if last_attention is None:
+    backbone = inputs.backbone
+    if not backbone.has_tokens:
         return
     views = normalized(images.to(inputs.device), *inputs.dataset.normalization())
     with torch.inference_mode(), evaluation_mode(backbone), inputs.autocast():
-        weights = last_attention(views)[:, :, 0, 1:].float().cpu()  # [n, heads, (S / P)^2]
-    side = images.shape[-1] // backbone.patch_size
-    maps = torch.cat([weights.mean(dim=1, keepdim=True), weights], dim=1).reshape(len(views), -1, side, side)
+        weights = class_attention(backbone, views).float().cpu()  # [n, heads, S / P, S / P]
+    maps = torch.cat([weights.mean(dim=1, keepdim=True), weights], dim=1)
     cells = _cells(images)
     names = ["mean", *(f"head {head}" for head in range(weights.shape[1]))]
-    columns = [(name, [_heat(of_image, cells[0].size) for of_image in maps[:, k]]) for k, name in enumerate(names)]
+    columns = [(name, [heat(of_image, cells[0].size) for of_image in maps[:, k]]) for k, name in enumerate(names)]
     write_sheet([("image", cells), *columns], path, small=True)
-
-
-def _heat(weights: Tensor, size: tuple[int, int]) -> Image.Image:
-    """[S / P, S / P] to a picture of `size`, each patch of one colour."""
-    scaled = (weights / weights.max().clamp(min=torch.finfo(weights.dtype).tiny)).nan_to_num().clamp(0, 1).numpy()
-    places = np.linspace(0, 1, len(COLOURS))
-    colours = np.stack([np.interp(scaled, places, channel) for channel in COLOURS.T], axis=-1)
-    return Image.fromarray(colours.round().astype(np.uint8)).resize(size, Image.Resampling.NEAREST)

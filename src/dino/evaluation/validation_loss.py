@@ -36,6 +36,7 @@ class ValidationLossEvaluator:
 
     Args:
         every_epochs: period; read by the trainer.
+        prefix: what the names of the metrics begin with.
         max_samples: at most so many held-out images, spread over the split.
 
     Raises:
@@ -43,6 +44,7 @@ class ValidationLossEvaluator:
     """
 
     every_epochs: int = 10
+    prefix: str = "val"
     max_samples: int = 2048
     _once: Once = field(default_factory=Once, init=False, repr=False)
 
@@ -81,7 +83,7 @@ class ValidationLossEvaluator:
             num_images += batch_size
         if num_images == 0:
             self._once.say(f"no validation loss: no held-out image of dataset {inputs.dataset.name} can be read")
-        return {f"val/{name}": total / num_images for name, total in sums.items()}
+        return {f"{self.prefix}/{name}": total / num_images for name, total in sums.items()}
 
 
 def _loss_terms(inputs: EvaluationInputs, loss: DINOLoss, views: ViewBatch) -> LossTerms:

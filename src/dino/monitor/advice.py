@@ -90,6 +90,11 @@ ADVICE: dict[str, list[Rule]] = {  # by kind of verdict
         ("loss.koleo_weight", at_least(0.1), "KoLeo spreads the features over the sphere"),
         ("optimizer.lr", times(0.5), SMALLER),
     ],
+    "features_lost": [
+        ("trainer.freeze_backbone_steps", where_missing(500), "a fresh head first learns what the backbone knows"),
+        ("optimizer.lr", times(0.3), SMALLER),
+        ("ema.momentum", closer_to_one, "a teacher that forgets more slowly"),
+    ],
     "entropy_collapse": [
         ("loss.teacher_temp", times(2), "a softer teacher"),
         ("loss.center_momentum", at_most(0.9), CENTERED),

@@ -12,13 +12,18 @@ log = logging.getLogger("dino")
 Mode = Literal["auto", "max", "min"]
 
 EPOCH_LOSS = "train/loss_epoch"  # mean loss of an epoch: what is left where nothing is evaluated
-BETTER_HIGH = ("knn", "effective_rank", "feature_std", "view_retrieval", "perf/images_per_s")
+BETTER_HIGH = (
+    *("knn", "linear_top", "effective_rank", "feature_std", "view_retrieval", "perf/images_per_s"),
+    *("segmentation_", "retrieval_", "copy_"),
+)
 OF_STEPS = ("train/", "grad/", "perf/")  # how the metrics of logged steps begin
 PREFERRED = ("val/knn_top1", "val/loss", EPOCH_LOSS)
 
 
 def higher_is_better(metric: str) -> bool | None:
     """Which way a metric is better; None where neither way is."""
+    if metric.endswith("_top1_std"):  # a deviation
+        return None
     if any(word in metric for word in BETTER_HIGH):
         return True
     return False if "loss" in metric else None

@@ -23,13 +23,16 @@ class ExpectedMove:
 
 
 def expected_moves(
-    schedules: MovingParts, freeze_last_layer_steps: int, total_steps: int
+    schedules: MovingParts, freeze_last_layer_steps: int, total_steps: int, freeze_backbone_steps: int = 0
 ) -> dict[int, list[ExpectedMove]]:
     """Step -> what changes there: that many steps have been made, the next one is the first with the change."""
     found: list[tuple[int, ExpectedMove]] = []
     if freeze_last_layer_steps:
         text = "the last layer learns from here on: the loss is expected to move"
         found.append((freeze_last_layer_steps, ExpectedMove("last_layer_unfrozen", text)))
+    if freeze_backbone_steps:
+        text = "the backbone learns from here on: the loss is expected to move"
+        found.append((freeze_backbone_steps, ExpectedMove("backbone_unfrozen", text)))
     for step in schedules.teacher_temp.rises():
         temperature = schedules.teacher_temp(step)
         text = (

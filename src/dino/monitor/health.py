@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dino.monitor.advice import ADVICE, recommended
-from dino.monitor.verdicts import JUDGEMENTS, Finding, Look, Thresholds, feature_collapse, plateau
+from dino.monitor.verdicts import JUDGEMENTS, Finding, Look, Thresholds, feature_collapse, features_lost, plateau
 
 WINDOW = 50  # logged steps
 QUALITY = ("val/knn_top1", "val/effective_rank", "val/view_retrieval_top1")
@@ -38,6 +38,11 @@ class Facts:
     total_steps: int
     settled_step: int  # from here on warm-ups are over
     settings: Mapping[str, Any]  # dotted key -> value of the config
+
+
+def began_with_weights(settings: Mapping[str, Any]) -> bool:
+    """Whether a run of these settings (dotted keys) starts from a backbone that has learned."""
+    return bool(settings.get("backbone.weights") or settings.get("backbone.pretrained"))
 
 
 @dataclass(kw_only=True)
@@ -156,8 +161,11 @@ class Health(Thresholds):
             self._untrained = figures
         if step == 0 or "same_output" in self._holding:
             return []
-        finding = feature_collapse(self._look(step, figures))
-        return [] if finding is None else self._said_now(step, "constant_collapse", finding, severe=True)
+        look = self._look(step, figures)
+        collapsed, lost = feature_collapse(look), features_lost(look)
+        if collapsed is not None:
+            return self._said_now(step, "constant_collapse", collapsed, severe=True)
+        return [] if lost is None else self._said_now(step, "features_lost", lost)
 
     # ------------------------------------------------------------------ what is said
 
@@ -169,6 +177,7 @@ class Health(Thresholds):
             agreements=self._agreements,
             grad_norms=self._grad_norms,
             untrained=self._untrained,
+            began_with_weights=began_with_weights(self.facts.settings),
             settled=step >= self.facts.settled_step,
             thresholds=self,
         )

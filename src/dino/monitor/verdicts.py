@@ -32,6 +32,7 @@ class Thresholds:
         max_grad_norm_ratio: norm of the gradients over their median of before.
         min_feature_std, min_effective_rank_ratio: of the features at an evaluation, where also below half of the
             untrained network's.
+        max_knn_loss: points by which k-NN may be worse than at the start, for a run that began with weights of its own.
         min_change: of the mean loss, as a share of ln K: what is less is a plateau.
         plateau_steps: how long a plateau is; None: a tenth of the run, at least 1000 steps.
 
@@ -52,6 +53,7 @@ class Thresholds:
     max_grad_norm_ratio: float = 100.0
     min_feature_std: float = 0.05
     min_effective_rank_ratio: float = 0.05
+    max_knn_loss: float = 5.0
     min_change: float = 0.005
     plateau_steps: int | None = None
 
@@ -76,6 +78,7 @@ class Look:
     agreements: Sequence[float]  # of student and teacher, at the last looks, this one included
     grad_norms: Sequence[float]  # of the last looks, this one not included
     untrained: Mapping[str, float]  # the evaluation of step 0
+    began_with_weights: bool
     settled: bool  # warm-ups are over
     thresholds: Thresholds
 
@@ -147,6 +150,18 @@ def feature_collapse(look: Look) -> Finding | None:
                 {name: value},
             )
     return None
+
+
+def features_lost(look: Look) -> Finding | None:
+    """A run that began with weights that had learned has made them worse (continued from a backbone alone, a fresh
+    head teaches it noise at first)."""
+    before, now = look.untrained.get("val/knn_top1", math.nan), look["val/knn_top1"]
+    if not (look.began_with_weights and now < before - look.thresholds.max_knn_loss):
+        return None
+    return Finding(
+        f"k-NN has fallen from the {before:.1f} % of the loaded weights to {now:.1f} %: what they knew is being lost",
+        {"val/knn_top1": now, "val/knn_top1 of the loaded weights": before},
+    )
 
 
 def entropy_collapse(look: Look) -> Finding | None:

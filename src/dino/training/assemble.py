@@ -144,6 +144,7 @@ def build_step(
         clip_mode=options.clip_mode,
         clip_norm=options.clip_norm,
         freeze_last_layer_steps=options.freeze_last_layer_epochs * steps_per_epoch,
+        freeze_backbone_steps=options.freeze_backbone_steps,
         total_steps=options.epochs * steps_per_epoch,
         student=student,
         shards=shards,

@@ -32,8 +32,8 @@ class HealthWatch:
         self.loggers = loggers
         self.collapse: str | None = None
         schedules, frozen = train_step.schedules, train_step.freeze_last_layer_steps
-        self.moves = expected_moves(schedules, frozen, total_steps)
-        settled = max([frozen, *schedules.lr.rises()[:1]])
+        self.moves = expected_moves(schedules, frozen, total_steps, train_step.freeze_backbone_steps)
+        settled = max([frozen, train_step.freeze_backbone_steps, *schedules.lr.rises()[:1]])
         self.health.facts = Facts(total_steps, settled, settings)
 
     @property

@@ -26,6 +26,7 @@ class TrainerOptions:
     clip_mode: Literal["per_tensor", "global_norm"] = "per_tensor"
     clip_norm: float | None = 3.0
     freeze_last_layer_epochs: int = 1
+    freeze_backbone_steps: int = 0
     device: str = "auto"
     precision: str = "auto"
     memory: Literal["fast", "balanced", "low"] = "fast"
@@ -68,3 +69,5 @@ class TrainerOptions:
             raise ValueError(f"trainer.max_skipped_steps={self.max_skipped_steps}: use 0 or more steps")
         if self.freeze_last_layer_epochs < 0:
             raise ValueError(f"trainer.freeze_last_layer_epochs={self.freeze_last_layer_epochs}: use 0 or more epochs")
+        if self.freeze_backbone_steps < 0:
+            raise ValueError(f"trainer.freeze_backbone_steps={self.freeze_backbone_steps}: use 0 or more steps")

@@ -17,6 +17,13 @@ from dino.training.trainer import Trainer
 
 log = logging.getLogger("dino")
 
+# What a run did whose checkpoint knows nothing of the key: it goes on as it was.
+BEFORE_IT_WAS_A_KEY: dict[str, Any] = {
+    "trainer.freeze_backbone_steps": 0,
+    "evaluation.knn.half_precision": False,
+    **{f"evaluation.{name}.prefix": "val" for name in ("knn", "label_free", "validation_loss")},
+}
+
 
 def resume_or_start(trainer: Trainer, config: DictConfig) -> None:
     """Puts the trainer where the run starts.
@@ -90,7 +97,8 @@ def _path_or_what_came_of_it(trainer: Trainer, path: Path, newest: Path | None) 
 
 def _refuse_changes(trainer: Trainer, path: Path, state: Mapping[str, Any], config: DictConfig) -> None:
     """What differs must have been asked for: by its own name, or by that of a key or group that it follows from."""
-    old, new = state["settings"], trainer.settings
+    new = trainer.settings
+    old = {key: value for key, value in BEFORE_IT_WAS_A_KEY.items() if key in new} | state["settings"]
     asked = list(config.resume_changes)
     known = {*old, *new} | {key.rpartition(".")[0] for key in (*old, *new)}
     for name in asked:

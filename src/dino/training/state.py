@@ -33,6 +33,7 @@ def state_of(trainer: "Trainer") -> dict[str, Any]:
         "steps_per_epoch": trainer.steps_per_epoch,
         "images_per_step": trainer.images_per_step,
         "origin": trainer.origin,
+        "normalization": dict(zip(("mean", "std"), trainer.dataset.normalization(), strict=True)),  # for later users
         "settings": trainer.settings,
         "provenance": trainer.run.provenance,
     }

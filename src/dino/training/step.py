@@ -83,6 +83,7 @@ class TrainStep:
     clip_norm: float | None
     freeze_last_layer_steps: int
     total_steps: int  # that the schedules span
+    freeze_backbone_steps: int = 0
     student: nn.Module | None = None
     shards: Shards | None = None
     scaler: torch.amp.GradScaler = field(init=False)
@@ -123,6 +124,8 @@ class TrainStep:
         )
         if self.shards is not None:
             self.shards.take_gradients()
+        if step < self.freeze_backbone_steps:
+            self._cancel_backbone_gradients()
         self.scaler.unscale_(self.optimizer)
         grad_names = [name for name, parameter in self._parameters if parameter.grad is not None]
         grad_norm, grad_norms = clip_gradients(
@@ -178,6 +181,12 @@ class TrainStep:
         if last or not isinstance(self.student, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.student.no_sync()
+
+    def _cancel_backbone_gradients(self) -> None:
+        """Only the head learns: parameters without a gradient get no update and no weight decay."""
+        for name, parameter in self._parameters:
+            if name.startswith("backbone."):
+                parameter.grad = None
 
     def _set_optimizer(self, scheduled: dict[str, float]) -> None:
         """The learning rate for all, the weight decay for the first group only, as the original."""

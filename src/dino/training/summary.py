@@ -10,7 +10,7 @@ from typing import Any
 from dino.exits import EXIT_COLLAPSED, EXIT_NON_FINITE
 from dino.logger.json_lines import read_lines
 from dino.messages import as_override
-from dino.monitor import higher_is_better
+from dino.monitor import began_with_weights, higher_is_better
 from dino.run import write_json
 from dino.training.trainer import Trainer
 
@@ -99,7 +99,8 @@ def closing_words(trainer: Trainer, summary: dict[str, Any], lines: list[dict[st
         memory = metrics["perf/peak_memory_gib"]["max"]
         words.append(f"speed       {speed['mean']:.1f} images/s, peak memory {memory:.2f} GiB")
     if "val/knn_top1" in metrics:
-        words.append(f"k-NN        {_knn_words(metrics, lines)}")
+        start = "the loaded weights" if began_with_weights(trainer.settings) else "the untrained network"
+        words.append(f"k-NN        {_knn_words(metrics, lines, start)}")
     words.append(f"health      {_health_words(trainer)}")
     names = [f"checkpoints/{name}.pt" for name in ("best", "last") if (run_dir / f"checkpoints/{name}.pt").exists()]
     return [
@@ -118,13 +119,13 @@ def _health_words(trainer: Trainer) -> str:
     return "found " + ", ".join(f"{kind} (at {count} looks)" for kind, count in counts.items())
 
 
-def _knn_words(metrics: dict[str, dict[str, float]], lines: list[dict[str, float]]) -> str:
-    """The trained accuracy with what it has to beat beside it: the untrained network and raw pixels."""
+def _knn_words(metrics: dict[str, dict[str, float]], lines: list[dict[str, float]], start: str) -> str:
+    """The trained accuracy with what it has to beat beside it: that of the `start`, and raw pixels."""
     knn = metrics["val/knn_top1"]
     words = f"{knn['final']:.1f} % of held-out images (best {knn['best']:.1f} %)"
     untrained = next((line for line in lines if line["step"] == 0 and "val/knn_top1" in line), None)
     if untrained is not None:
-        words += f"; the untrained network {untrained['val/knn_top1']:.1f} %"
+        words += f"; {start} {untrained['val/knn_top1']:.1f} %"
     if "val/knn_top1_pixels" in metrics:
         words += f"; raw pixels {metrics['val/knn_top1_pixels']['final']:.1f} %"
     return words

@@ -15,7 +15,7 @@ import torch
 from dino import preemption, ranks
 from dino.augmentation import MultiCrop, ViewBatch
 from dino.dataset import ImageDataset, TrainLoader
-from dino.evaluation import EvaluationInputs, Evaluator
+from dino.evaluation import EvaluationInputs, Evaluator, evaluation_folder
 from dino.logger import Logger, RunContext
 from dino.monitor import EPOCH_LOSS, OF_STEPS, Monitor, memory_statistics
 from dino.optimizer import half_life_steps
@@ -282,8 +282,10 @@ class Trainer:
         self._report_broken(self.non_finite.settle(self.train_step))
         started = time.perf_counter()
         epoch, finished = self.step // self.steps_per_epoch, self.step == self.total_steps
+        model = self.train_step.whole_model()
         inputs = EvaluationInputs(
-            model=self.train_step.whole_model(),
+            model=model,
+            backbone=model.teacher.backbone,
             dataset=self.dataset,
             augmentation=self.augmentation,
             loss=self.train_step.loss,
@@ -293,6 +295,7 @@ class Trainer:
             teacher_temp=self.train_step.schedules.teacher_temp(self.step),
             limit_samples=self.options.limit_evaluation_samples,
             untrained=self.step == 0,
+            folder=evaluation_folder(self.run.directory, self.step),
             directory=self.run.directory,
             step=self.step,
         )

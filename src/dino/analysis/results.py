@@ -1,0 +1,124 @@
+"""`dino results`: one table over all runs below a folder."""
+
+import contextlib
+import csv
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dino.analysis.history import MARKS_OF_A_RUN, History
+from dino.analysis.origin import differing
+from dino.messages import did_you_mean, show
+from dino.monitor.early_stopping import higher_is_better
+
+# Shown where some run has them; `dino evaluate` adds its own.
+METRICS = ("val/knn_top1", "val/linear_top1", "val/effective_rank", "val/loss", "train/loss", "perf/images_per_s")
+FACTS = ("run", "state", "step", "time_s")
+
+
+@dataclass(frozen=True)
+class Results:
+    """Columns and one row a run; what a run does not have is None.
+
+    Columns are `FACTS`, then the settings in which the runs differ, then metrics.
+    """
+
+    settings: list[str]
+    metrics: list[str]
+    rows: list[dict[str, Any]]
+
+    @property
+    def columns(self) -> list[str]:
+        return [*FACTS, *self.settings, *self.metrics]
+
+    def write_csv(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(self.columns)
+            for row in self.rows:
+                values = [row.get(name) for name in self.columns]
+                writer.writerow([show(value) if isinstance(value, list | dict) else value for value in values])
+
+
+def collect_results(folder: Path, metrics: Sequence[str] = (), sort: str | None = None) -> Results:
+    """What the files of all runs below `folder` say: last values, settings that differ, states.
+
+    Args:
+        metrics: in place of `METRICS`.
+        sort: a column; metrics begin with the better end, everything else with the small one. None: by path.
+
+    Raises:
+        ValueError: no run is there, or there is no such metric or column.
+    """
+    runs = found_runs(folder)
+    if not runs:
+        raise ValueError(f"{folder}: no run is in it; give a folder above run directories, such as outputs")
+    histories = [History.load(run) for run in runs]
+    evaluated = [_evaluated(history) for history in histories]
+    known = {name for history, more in zip(histories, evaluated, strict=True) for name in (*history.names, *more)}
+    for name in metrics:
+        if name not in known:
+            raise ValueError(f"--metric {name}: no run has it{did_you_mean(name, sorted(known))}")
+    extra = sorted({name for more in evaluated for name in more} - set(METRICS))
+    shown = list(metrics) or [name for name in (*METRICS, *extra) if name in known]
+    settings = differing(histories) if len(histories) > 1 else {}
+    rows = []
+    for place, (run, history, more) in enumerate(zip(runs, histories, evaluated, strict=True)):
+        seconds = history.summary.get("train_time_s")
+        facts = {"run": str(run.relative_to(folder)), "state": history.state, "step": history.step, "time_s": seconds}
+        values = {name: more.get(name, history.last(name)) for name in shown}
+        rows.append({**facts, **{key: column[place] for key, column in settings.items()}, **values})
+    results = Results(list(settings), shown, rows)
+    if sort is not None:
+        if sort not in results.columns:
+            raise ValueError(f"--sort {sort}: there is no such column{did_you_mean(sort, results.columns)}")
+        _sort(rows, sort)
+    return results
+
+
+def found_runs(folder: Path) -> list[Path]:
+    """Run directories below `folder`, or itself, in the order of their paths; none inside another."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        if sum(name in files for name in MARKS_OF_A_RUN) >= 2:  # a sweep has a config.yaml alone
+            found.append(Path(place))
+            folders.clear()
+        folders.sort()
+    return sorted(found)
+
+
+def _evaluated(history: History) -> dict[str, float]:
+    """What `dino evaluate` found, the newest of each.
+
+    What is not of the teacher at the end, on the run's own evaluation images, says so behind its name.
+    """
+    found: dict[str, float] = {}
+    newest = max((line["step"] for line in history.lines if any(name.startswith("val/") for name in line)), default=0)
+    for path in sorted(history.directory.glob("evaluation/step_*/results.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            content = json.loads(path.read_text())
+            words = path.parent.name.split("_")[2:]  # behind step_<number>
+            words += [f"step {content['step']}"] if content["step"] < newest else []
+            about = f" ({' '.join(words)})" if words else ""
+            found |= {f"{name}{about}": value for name, value in content["metrics"].items()}
+    return found
+
+
+def _sort(rows: list[dict[str, Any]], name: str) -> None:
+    """In place; rows without a value come last."""
+    falling = bool(higher_is_better(name.split(" ")[0])) if "/" in name else False
+
+    def place(row: dict[str, Any]) -> tuple[bool, Any]:
+        value = row.get(name)
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return True, 0
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False, (1, show(value))
+        return False, (0, -value if falling else value)
+
+    rows.sort(key=place)

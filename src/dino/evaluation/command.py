@@ -1,0 +1,164 @@
+"""`dino evaluate`: the evaluators that need nothing but a backbone, on any weights and any dataset."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from dino.config import build, compose, raw_settings
+from dino.dataset import ImageDataset
+from dino.evaluation.inputs import FeatureInputs, evaluation_folder
+from dino.frozen import read_frozen
+from dino.messages import ConfigError, did_you_mean
+from dino.overrides import options_of, parsed
+from dino.presets import leaves
+from dino.processes import Processes
+from dino.ranks import process_group
+from dino.trained import TEACHER, Trained
+from dino.training.assemble import prepare_process
+
+NEED_A_RUN = ("label_free", "pictures", "validation_loss")  # student, loss or views, which only training has
+READ = ("dataset", "evaluation", "trainer", "seed")  # of the overrides
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, on what."""
+
+    dataset: str
+    metrics: dict[str, float]
+    seconds: dict[str, float]  # of each protocol
+    path: Path | None  # of the file with all of it
+    is_main: bool  # whether this is the rank that prints
+
+
+def protocols() -> list[str]:
+    """The options of `evaluation` that any weights can be given to."""
+    return [option for option in options_of("evaluation") if option not in NEED_A_RUN]
+
+
+def evaluate_trained(
+    trained: Trained, run: Path | None, names: Sequence[str], overrides: Sequence[str] = ()
+) -> Evaluation:
+    """Runs the evaluators called `names`; under torchrun (`torchrun --no-python dino evaluate ...`) by all ranks.
+
+    Args:
+        trained: whose backbone is measured; images are prepared as it says, unless overrides say otherwise.
+        run: the directory it comes from, which has the dataset and gets the results; None: the overrides say which
+            dataset (`dataset=NAME`, or `dataset.root=PATH` for a folder), and nothing is written.
+        overrides: as of train.py, of `dataset`, `evaluation`, `trainer` and `seed`.
+
+    Raises:
+        ValueError: for an unknown protocol or override, and for a dataset with other channels than the backbone.
+    """
+    unknown = [name for name in names if name not in protocols()]
+    if unknown or not names:
+        raise ValueError(f"--protocol {','.join(names)}: use one or more of {', '.join(protocols())}")
+    config, of_images = _config(trained, run, names, overrides)
+    dataset: ImageDataset = build(config, "dataset")
+    evaluators = {name: build(config, f"evaluation.{name}") for name in names}
+    options, processes = build(config, "trainer"), Processes.from_environment()
+    precision = prepare_process(options, processes.local_rank)
+    folder = None
+    if run is not None and trained.step is not None:
+        about = [trained.network] if trained.network != TEACHER else []
+        folder = evaluation_folder(run, trained.step, "_".join([*about, *of_images]))
+    inputs = FeatureInputs(
+        backbone=trained.backbone.to(precision.device),
+        dataset=dataset,
+        device=precision.device,
+        autocast=precision.autocast,
+        seed=config.seed,
+        limit_samples=options.limit_evaluation_samples,
+        untrained=False,
+        folder=folder,
+    )
+    metrics, seconds = dict[str, float](), dict[str, float]()
+    with process_group(processes, precision.device):
+        for name, evaluator in evaluators.items():
+            started = time.perf_counter()
+            metrics |= evaluator.evaluate(inputs)
+            seconds[name] = time.perf_counter() - started
+    path = None if folder is None else folder / "results.json"
+    if processes.is_main and path is not None:
+        content: dict[str, Any] = {"weights": trained.report.source, "network": trained.network, "step": trained.step}
+        content |= {"dataset": dataset.name, "root": config.dataset.get("root"), "metrics": metrics, "seconds": seconds}
+        content["settings"] = OmegaConf.to_container(config.evaluation, resolve=True)
+        inputs.write("results", _added(path, content))
+    return Evaluation(dataset.name, metrics, seconds, path, processes.is_main)
+
+
+def _added(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """`content` with what was found there before by other protocols."""
+    try:
+        before = json.loads(path.read_text())
+        if before.get("root") != content["root"]:
+            return content
+        return content | {name: before[name] | content[name] for name in ("metrics", "seconds", "settings")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return content
+
+
+def _config(
+    trained: Trained, run: Path | None, names: Sequence[str], words: Sequence[str]
+) -> tuple[DictConfig, list[str]]:
+    """Settings of dataset, evaluators and machine, and what tells the images from the evaluation images of the run."""
+    overrides, problems = parsed(words)
+    unread = [each for each in overrides if each.key_or_group.split(".")[0] not in READ]
+    problems += [f"{each.input_line}: dino evaluate reads only {', '.join(READ)}" for each in unread]
+    if problems:
+        raise ConfigError(problems)
+    groups = [each.input_line or "" for each in overrides if "." not in each.key_or_group]
+    other_dataset = any(each.key_or_group == "dataset" for each in overrides)
+    if run is None and not other_dataset:  # it is opened by the evaluators that need one
+        groups.append("dataset=folder")
+    config = compose([*groups, f"evaluation=[{','.join(names)}]"])
+    if run is not None:
+        frozen = read_frozen(run / "config.yaml")
+        config.trainer, config.allowed_targets = frozen.trainer, frozen.allowed_targets
+        if not other_dataset:
+            config.dataset = frozen.dataset
+        for name in set(names) & set(frozen.evaluation):
+            config.evaluation[name] = OmegaConf.merge(config.evaluation[name], frozen.evaluation[name])
+    prepared = trained.preparation
+    colours = {"mean": prepared.mean, "std": prepared.std}
+    sizes = {"evaluation_resize": prepared.resize, "evaluation_size": prepared.size}
+    for key, value in (colours | sizes).items():
+        config.dataset[key] = value
+    if run is None and not other_dataset:
+        config.dataset.channels = len(prepared.mean)
+    typed = [each for each in overrides if "." in each.key_or_group]
+    _apply(config, typed)
+    if config.dataset.channels != len(prepared.mean):
+        channels = len(prepared.mean)
+        raise ValueError(f"dataset.channels={config.dataset.channels}: the backbone takes images of {channels}")
+    about = [config.dataset.name] if other_dataset or any(_other_images(each.key_or_group) for each in typed) else []
+    limit = config.trainer.limit_evaluation_samples
+    if run is not None and limit != frozen.trainer.limit_evaluation_samples:
+        about.append("all" if limit is None else f"limit_{limit}")
+    return config, about
+
+
+def _other_images(key: str) -> bool:
+    """Whether a setting makes it another dataset than that of training."""
+    return key.startswith("dataset.") and key.removeprefix("dataset.") not in ("num_workers", "batch_size")
+
+
+def _apply(config: DictConfig, overrides: Sequence[Override]) -> None:
+    """Sets what was typed, on top of the settings of the run."""
+    problems, known = [], leaves(raw_settings(config))
+    for override in overrides:
+        key, line = override.key_or_group, override.input_line
+        if override.is_sweep_override() or override.is_delete() or override.is_add():
+            problems.append(f"{line}: write key=value")
+        elif key not in known:
+            problems.append(f"{key}: there is no such key{did_you_mean(key, known)}")
+        else:
+            OmegaConf.update(config, key, override.value())
+    if problems:
+        raise ConfigError(problems)

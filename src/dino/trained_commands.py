@@ -1,0 +1,195 @@
+"""Commands of `dino` that use what was learned, of any run, checkpoint or weight file, and look at runs and machine."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+Weights = Annotated[
+    Path,
+    typer.Argument(
+        help="a run directory, a checkpoint, an export, or weights of the original, timm, torchvision or Hugging Face"
+    ),
+]
+Checkpoint = Annotated[str, typer.Option(help="of a run: last, best or the number of a step")]
+Network = Annotated[str, typer.Option(help="teacher or student, where there are both")]
+BackboneName = Annotated[
+    str | None, typer.Option("--backbone", help="for files that do not tell: an option of conf/backbone, or timm/NAME")
+]
+
+
+def evaluate(
+    weights: Weights,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="dataset=NAME, dataset.root=PATH, evaluation.knn.neighbours=[10,20] ...")
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="options of conf/evaluation, with commas between")] = "knn",
+    checkpoint: Checkpoint = "last",
+    network: Network = "teacher",
+    backbone: BackboneName = None,
+) -> None:
+    """What features are worth: k-NN, linear probe, rank, retrieval, copy detection, video segmentation."""
+    from dino.evaluation.command import evaluate_trained
+    from dino.trained import load_trained
+
+    with _answering():
+        trained = load_trained(weights, network=network, checkpoint=checkpoint, backbone=backbone)
+        typer.echo(str(trained.report))
+        places = (weights, weights.resolve().parent.parent)  # a checkpoint that lies in its run belongs to it
+        of_run = (place for place in places if trained.run_settings and (place / "config.yaml").is_file())
+        run = next(of_run, None)
+        names = [name.strip() for name in protocol.split(",")]
+        evaluation = evaluate_trained(trained, run, names, overrides or [])
+    if not evaluation.is_main:
+        return
+    title = f"{evaluation.dataset}, {trained.network}" + (f", step {trained.step}" if trained.step is not None else "")
+    table = Table(Column("metric"), Column("value", justify="right"), title=title)
+    for name, value in evaluation.metrics.items():
+        table.add_row(name, f"{value:.4g}")
+    for name, value in evaluation.seconds.items():
+        table.add_row(f"{name}, time", f"{value:.1f} s")
+    Console().print(table)
+    if evaluation.path is not None:
+        typer.echo(f"results: {evaluation.path}")
+    if not evaluation.metrics:
+        raise typer.Exit(1)
+
+
+def attend(
+    weights: Weights,
+    image: Annotated[Path, typer.Option(help="an image, a folder of images, or a video")],
+    output: Annotated[Path, typer.Option(help="the folder that is written")] = Path("attention"),
+    threshold: Annotated[
+        float | None, typer.Option(help="also masks of the patches that hold this share of a head's attention")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="short side of the image [pixels]; twice that of training")
+    ] = None,
+    match: Annotated[Path | None, typer.Option(help="a second image: patches that correspond are joined")] = None,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="of a video, at most so many")] = None,
+    untrained: Annotated[bool, typer.Option("--untrained", help="the same network with fresh random weights")] = False,
+    checkpoint: Checkpoint = "last",
+    network: Network = "teacher",
+    backbone: BackboneName = None,
+) -> None:
+    """Pictures of what a ViT looks at: attention of every head, masks, patches as colours; and one page with them."""
+    from dino.evaluation.attend import VIDEO_SUFFIXES, Onlooker, attend_images, write_video
+    from dino.runtime import choose_device
+    from dino.trained import load_trained
+
+    with _answering():
+        trained = load_trained(weights, network=network, checkpoint=checkpoint, backbone=backbone)
+        typer.echo(str(trained.report))
+        if untrained:
+            trained = trained.untrained()
+            typer.echo("these weights are left aside: the network is freshly initialised")
+        onlooker = Onlooker(trained, size or 2 * trained.preparation.size, choose_device("auto"))
+        if image.suffix.lower() in VIDEO_SUFFIXES and image.is_file():
+            if threshold is not None or match is not None:
+                raise ValueError("--threshold and --match are for images; a video shows the mean attention")
+            path = output / f"{image.stem}_attention.mp4"
+            typer.echo(f"{path}: {write_video(onlooker, image, path, max_frames)} frames")
+            return
+        page = attend_images(onlooker, image, output, threshold=threshold, match=match)
+    typer.echo(f"{page}: all pictures, which lie in {output}")
+
+
+def export(
+    weights: Weights,
+    formats: Annotated[
+        str, typer.Option("--format", help="safetensors, original, timm, huggingface, onnx, with commas between")
+    ] = "safetensors",
+    output: Annotated[Path | None, typer.Option(help="the folder that is written; export/ of a run")] = None,
+    size: Annotated[
+        list[int] | None, typer.Option(help="side of the images [pixels], also several times; that of training")
+    ] = None,
+    checkpoint: Checkpoint = "last",
+    network: Network = "teacher",
+    backbone: BackboneName = None,
+) -> None:
+    """The backbone for other tools; each file is read back by its library, and the largest difference is told."""
+    from dino.export import export as write
+    from dino.trained import load_trained
+
+    with _answering():
+        trained = load_trained(weights, network=network, checkpoint=checkpoint, backbone=backbone)
+        typer.echo(str(trained.report))
+        folder = output or (weights / "export" if (weights / "checkpoints").is_dir() else Path("export"))
+        done = write(trained, [name.strip() for name in formats.split(",")], folder, size or ())
+    for each in done:
+        verdict = "equal" if each.equal else "NOT EQUAL"
+        typer.echo(
+            f"{each.path}: {verdict} at {each.image_size} pixels, largest difference {each.largest_difference:.2g} "
+            f"of {each.largest_feature:.2g} ({each.reader})\n    {each.usage}"
+        )
+    if not all(each.equal for each in done):
+        raise typer.Exit(1)
+
+
+def results(
+    folder: Annotated[Path, typer.Argument(help="a folder with runs below it")] = Path("outputs"),
+    sort: Annotated[str | None, typer.Option(help="a column; metrics begin with the better end")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="a metric to show; may be given several times")] = None,
+    csv: Annotated[Path | None, typer.Option(help="a file for the whole table")] = None,
+) -> None:
+    """One table over all runs below a folder: state, time, the settings in which they differ, and metrics."""
+    from dino.analysis.results import collect_results
+
+    with _answering():
+        found = collect_results(folder, metric or (), sort)
+    title = Text(f"{len(found.rows)} runs in {folder}")
+    table = Table(*(Column(Text(name), overflow="fold") for name in found.columns), title=title)
+    for row in found.rows:
+        values = [row.get(name) for name in found.columns]
+        table.add_row(*(Text("" if value is None else _words(value)) for value in values))
+    Console().print(table)
+    if csv is not None:
+        with _answering():
+            found.write_csv(csv)
+        typer.echo(f"{csv}: the whole table")
+
+
+def _words(value: Any) -> str:
+    from dino.messages import show
+
+    return f"{value:.4g}" if isinstance(value, float) else show(value)
+
+
+@contextlib.contextmanager
+def _answering() -> Iterator[None]:
+    """Bad values, and a disk that refuses, are one sentence each."""
+    from dino.launch import answering_bad_values
+
+    try:
+        with answering_bad_values():
+            yield
+    except OSError as error:
+        typer.echo(f"error: {error.filename or 'a file'}: {error.strerror or error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def doctor(
+    overrides: Annotated[list[str] | None, typer.Argument(help="of the run in question, as of train.py")] = None,
+) -> None:
+    """Versions, devices, cores, disk, Slurm, trackers and data: what is wrong, and how to mend it."""
+    from dino.config import compose
+    from dino.doctor import examine
+    from dino.launch import answering_bad_values
+
+    styles = {"good": "green", "note": "yellow", "wrong": "bold red"}
+    table = Table(Column(), Column(), Column(overflow="fold"), show_header=False)
+    with answering_bad_values():
+        findings = list(examine(compose(overrides or [])))
+    for finding in findings:
+        words = finding.found + (f"\n-> {finding.advice}" if finding.advice else "")
+        table.add_row(Text(finding.verdict, style=styles[finding.verdict]), finding.subject, Text(words))
+    Console().print(table)
+    num_wrong = sum(finding.verdict == "wrong" for finding in findings)
+    typer.echo("nothing is wrong" if num_wrong == 0 else f"wrong: {num_wrong}")
+    if num_wrong:
+        raise typer.Exit(1)
