@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
+from dino.backbone import Backbone
 from dino.evaluation import EvaluationInputs
 from dino.evaluation.mask_propagation import Propagation, to_pixels
 from dino.evaluation.segmentation_scores import contour_fit, region_overlap, sequence_scores
-from dino.evaluation.video_segmentation import VideoSegmentationEvaluator, read_masks
+from dino.evaluation.video_segmentation import VideoSegmentationEvaluator, found_videos, read_masks
 
 MakeInputs = Callable[..., EvaluationInputs]
 
@@ -189,3 +190,51 @@ def test_a_folder_of_another_layout_is_named(
 def test_the_folder_must_be_named(make_inputs: MakeInputs) -> None:
     with pytest.raises(ValueError, match=r"evaluation.video_segmentation.root is missing"):
         VideoSegmentationEvaluator().evaluate(make_inputs())
+
+
+# ---------------------------------------------------------------------- real videos
+
+
+def test_masks_that_are_the_truth_are_perfect(shared_data: Callable[[str], Path]) -> None:
+    videos = found_videos(shared_data("davis_mini"))
+    assert len(videos) == 2
+    for _, masks in videos:
+        truth, _ = read_masks(sorted(masks.glob("*.png")))
+        scores = sequence_scores(truth, truth)
+        assert scores
+        assert all(score["j"] == score["f"] == score["j_recall"] == score["f_recall"] == 1.0 for score in scores)
+
+
+class Knowing(Backbone):
+    """Features of a patch that tell which object it is of, read from the masks in the order of the videos."""
+
+    patch_size = 8
+    embed_dim = 2
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        masks = [mask for _, folder in found_videos(root) for mask in read_masks(sorted(folder.glob("*.png"))[:5])[0]]
+        self.masks = iter(masks)
+
+    def forward(self, *batches: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def intermediate_layers(self, images: Tensor, n: int) -> list[Tensor]:
+        size = (images.shape[-2] // 8, images.shape[-1] // 8)
+        mask = torch.from_numpy(next(self.masks))[None, None].float()
+        share = torch.nn.functional.interpolate(mask, size, mode="area").flatten()
+        tokens = torch.stack([share, 1 - share], dim=-1)
+        return [torch.cat([torch.zeros(1, 2), tokens])[None]]
+
+
+def test_real_videos_are_segmented_where_features_tell_the_object(
+    shared_data: Callable[[str], Path], make_inputs: MakeInputs, make_noise: Any
+) -> None:
+    root = shared_data("davis_mini")
+    colours = make_noise(channels=3, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    inputs = make_inputs(backbone=Knowing(root), dataset=colours)
+    metrics = VideoSegmentationEvaluator(root=str(root), max_frames=5).evaluate(inputs)
+    assert metrics["val/segmentation_j"] > 85  # patches of 8 pixels and what lies between them are lost
+    assert metrics["val/segmentation_f"] > 85
+    assert inputs.folder is not None
+    assert len(list((inputs.folder / "segmentation").glob("*/*.png"))) == 10
