@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from dino.runtime import Precision
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Looks at data, views, loss and checkpoints of runs."
+    no_args_is_help=True,
+    add_completion=False,
+    help="Data, views, loss and checkpoints of runs; what was learned, measured, looked at and exported.",
 )
 data = typer.Typer(no_args_is_help=True, help="What is learned from.")
 debug = typer.Typer(no_args_is_help=True, help="What happens inside a step.")

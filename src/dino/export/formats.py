@@ -217,8 +217,10 @@ class HuggingFace(Format):
         return stem
 
     def features(self, trained: Trained, path: Path, images: Tensor) -> Tensor:
-        from transformers import AutoModel
+        from transformers import AutoModel, logging
 
+        logging.set_verbosity_error()  # ViTModel has a pooler, which no DINO has; it says so at length
+        logging.disable_progress_bar()
         network = AutoModel.from_pretrained(path, local_files_only=True).eval()
         features: Tensor = network(pixel_values=images).last_hidden_state[:, 0]
         return features
