@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Files of tests on all cores at once, which each take memory for torch.
-PARALLEL := -n auto --maxprocesses 8 --dist loadgroup
+# Tests on all cores at once, a file by one worker (tests/conftest.py); each worker takes memory for torch.
+PARALLEL := -n auto --maxprocesses 8 --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test test-all check lint types bench slurm-up slurm-down clean

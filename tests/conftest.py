@@ -19,16 +19,27 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 RANKS_TIMEOUT_S = 120
+SLURM = "tests/slurm/"
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With several workers (pytest -n) a file is one worker's, and all that needs the one Slurm of this machine too."""
-    for item in items:
-        group = "slurm" if "slurm" in item.path.relative_to(REPOSITORY).parts else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return SLURM if path.startswith(SLURM) else path
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(SLURM))
 
 
 @pytest.fixture(scope="session")
