@@ -195,6 +195,22 @@ def test_a_classification_head_is_left_aside_by_name(tmp_path: Path) -> None:
     assert load_trained(tmp_path / "weights.pth").report.ignored == ("head.weight", "head.bias")
 
 
+def test_what_lies_beside_weights_may_be_somebody_elses(tmp_path: Path) -> None:
+    torch.save(VisionTransformer(**SHAPE).state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "weights.json").write_text('{"backbone": "resnet", "step": "last", "num_heads": null}')
+    trained = load_trained(tmp_path / "weights.pth")
+    assert trained.settings["embed_dim"] == 64
+    assert trained.step is None
+    assert "1 attention heads, as wide as published ones" in str(trained.report)
+
+
+def test_a_file_cannot_have_anything_but_a_backbone_built(tmp_path: Path) -> None:
+    torch.save(VisionTransformer(**SHAPE).state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "weights.json").write_text('{"backbone": {"_target_": "torch.hub.load", "repo_or_dir": "a/b"}}')
+    with pytest.raises(ValueError, match=r"it names torch.hub.load, which is no backbone of this project"):
+        load_trained(tmp_path / "weights.pth")
+
+
 def test_a_wrong_path_is_an_error_and_no_download(tmp_path: Path) -> None:
     """In a process without a network interface of its own making: proxies that answer nothing."""
     dead = {**os.environ, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}

@@ -26,6 +26,8 @@ from dino.training.checkpoint import CheckpointStore
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 LAST, BEST = "last", "best"
 TEACHER = "teacher"
+# What may stand in the JSON file beside weights.
+BESIDE = {"backbone": dict, "preparation": dict, "network": str, "step": int, "settings": dict, "num_heads": int}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +212,7 @@ def _beside(file: Path, content: object) -> dict[str, Any]:
         preparation = colours | {name: settings[f"dataset.evaluation_{name}"] for name in ("resize", "size")}
         return {"backbone": part, "preparation": preparation, "step": content["step"], "settings": settings}
     if file.is_dir():
-        if ours := _read_json(file / "dino.json"):
+        if ours := _known(_read_json(file / "dino.json")):
             return ours
         config, processor = _read_json(file / "config.json"), _read_json(file / "preprocessor_config.json")
         known: dict[str, Any] = {"num_heads": config.get("num_attention_heads")}
@@ -219,7 +221,7 @@ def _beside(file: Path, content: object) -> dict[str, Any]:
             known["preparation"] = {"mean": processor["image_mean"], "std": processor["image_std"]}
             known["preparation"] |= {"resize": size * 8 // 7, "size": size}
         return known
-    return _read_json(file.with_suffix(".json"))
+    return _known(_read_json(file.with_suffix(".json")))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -230,6 +232,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path.name} beside it is not JSON ({error})") from error
     return content if isinstance(content, dict) else {}
+
+
+def _known(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a JSON file is of the kind that an export writes; it may be somebody else's."""
+    return {key: content[key] for key, kind in BESIDE.items() if isinstance(content.get(key), kind)}
 
 
 def _settings(backbone: str | None, beside: Mapping[str, Any], found: Found) -> dict[str, Any]:
