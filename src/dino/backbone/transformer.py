@@ -37,7 +37,11 @@ def packed(batches: Sequence[Tensor]) -> tuple[Tensor, Layout]:
 
 def unpacked(rows: Tensor, layout: Layout) -> list[Tensor]:
     """`[R, X]` -> `[N_i, T_i, X]`."""
-    parts = [rows] if len(layout) == 1 else torch.split(rows, [images * length for images, length in layout])
+    # One batch of any number of images, which a split would fix. Only there: a compiled run must stay one that resumes
+    # exactly, and without the split in evaluation it is not (tests/test_survival.py).
+    if torch.compiler.is_exporting():
+        return [rows.view(layout[0].num_images, layout[0].length, -1)]
+    parts = torch.split(rows, [images * length for images, length in layout])
     return [part.view(images, length, -1) for part, (images, length) in zip(parts, layout, strict=True)]
 
 
