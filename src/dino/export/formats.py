@@ -219,8 +219,9 @@ class HuggingFace(Format):
     def features(self, trained: Trained, path: Path, images: Tensor) -> Tensor:
         from transformers import AutoModel, logging
 
-        logging.set_verbosity_error()  # ViTModel has a pooler, which no DINO has; it says so at length
-        logging.disable_progress_bar()
+        # ViTModel has a pooler, which no DINO has; it says so at length.
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         network = AutoModel.from_pretrained(path, local_files_only=True).eval()
         features: Tensor = network(pixel_values=images).last_hidden_state[:, 0]
         return features
