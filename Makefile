@@ -23,7 +23,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 train: install  ## the quickstart: digits, a few minutes on a CPU, ends in a k-NN accuracy
 	$(BIN)/python train.py
 
-test: install  ## the tests, under 10 minutes on 2 cores
+test: install  ## the tests, without the slow ones
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: install  ## all tests, the slow proofs too

@@ -31,7 +31,7 @@ PACKAGES = (
     "onnxruntime",
 )
 REQUIRED = ("torch", "torchvision", "timm", "hydra-core", "omegaconf")
-LITTLE_DISK = 5 * 2**30  # [bytes]: a ViT-S/16 run with 65,536 prototypes keeps four checkpoints of 0.6 GB
+LITTLE_DISK = 5 * 2**30  # [bytes]
 LITTLE_MEMORY = 4 * 2**30
 LITTLE_SHARED_MEMORY = 2**30
 COMMAND_TIMEOUT_S = 10

@@ -3,12 +3,15 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from dino.trained import Trained
 
 Weights = Annotated[
     Path,
@@ -23,6 +26,15 @@ BackboneName = Annotated[
 ]
 
 
+def _loaded(weights: Path, network: str, checkpoint: str, backbone: str | None) -> "Trained":
+    """The backbone, after a line that says what was loaded."""
+    from dino.trained import load_trained
+
+    trained = load_trained(weights, network=network, checkpoint=checkpoint, backbone=backbone)
+    typer.echo(str(trained.report))
+    return trained
+
+
 def evaluate(
     weights: Weights,
     overrides: Annotated[
@@ -35,11 +47,9 @@ def evaluate(
 ) -> None:
     """What features are worth: k-NN, linear probe, rank, retrieval, copy detection, video segmentation."""
     from dino.evaluation.command import evaluate_trained
-    from dino.trained import load_trained
 
     with _answering():
-        trained = load_trained(weights, network=network, checkpoint=checkpoint, backbone=backbone)
-        typer.echo(str(trained.report))
+        trained = _loaded(weights, network, checkpoint, backbone)
         places = (weights, weights.resolve().parent.parent)  # a checkpoint that lies in its run belongs to it
         of_run = (place for place in places if trained.run_settings and (place / "config.yaml").is_file())
         run = next(of_run, None)
@@ -80,11 +90,9 @@ def attend(
     """Pictures of what a ViT looks at: attention of every head, masks, patches as colours; and one page with them."""
     from dino.evaluation.attend import VIDEO_SUFFIXES, Onlooker, attend_images, write_video
     from dino.runtime import choose_device
-    from dino.trained import load_trained
 
     with _answering():
-        trained = load_trained(weights, network=network, checkpoint=checkpoint, backbone=backbone)
-        typer.echo(str(trained.report))
+        trained = _loaded(weights, network, checkpoint, backbone)
         if untrained:
             trained = trained.untrained()
             typer.echo("these weights are left aside: the network is freshly initialised")
@@ -114,11 +122,9 @@ def export(
 ) -> None:
     """The backbone for other tools; each file is read back by its library, and the largest difference is told."""
     from dino.export import export as write
-    from dino.trained import load_trained
 
     with _answering():
-        trained = load_trained(weights, network=network, checkpoint=checkpoint, backbone=backbone)
-        typer.echo(str(trained.report))
+        trained = _loaded(weights, network, checkpoint, backbone)
         folder = output or (weights / "export" if (weights / "checkpoints").is_dir() else Path("export"))
         done = write(trained, [name.strip() for name in formats.split(",")], folder, size or ())
     for each in done:

@@ -174,7 +174,7 @@ def test_what_cannot_be_shown_is_said(trained: Trained, photo: Path, tmp_path: P
     with pytest.raises(ValueError, match="no image in this folder"):
         attend_images(onlooker, tmp_path / "empty", tmp_path / "out")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no image")
-    with pytest.raises(ValueError, match=r"broken\.jpg: cannot be read as an image"):
+    with pytest.raises(ValueError, match=r"--image: .*broken\.jpg cannot be read as an image"):
         attend_images(onlooker, tmp_path / "broken.jpg", tmp_path / "out")
     with pytest.raises(ValueError, match="--size 4: use at least one patch of 8 pixels"):
         Onlooker(trained, 4, torch.device("cpu"))

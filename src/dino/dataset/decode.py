@@ -50,6 +50,18 @@ def decode(path: Path, channels: int, reduction: int = 1) -> Tensor:
         return _decode_pillow(image, channels)
 
 
+def decode_or_explain(path: Path, channels: int, key: str) -> Tensor:
+    """As `decode`, for images that cannot be done without.
+
+    Raises:
+        ValueError: if it cannot be read; `key` opens the message.
+    """
+    try:
+        return decode(path, channels)
+    except Exception as error:  # decoders have many kinds
+        raise ValueError(f"{key}: {path} cannot be read as an image ({error})") from error
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an image file, from its header [pixels].
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dino.analysis.images import embedded
 from dino.contact_sheet import pictures_of
-from dino.dataset.decode import convert_channels, decode
+from dino.dataset.decode import convert_channels, decode_or_explain
 from dino.dataset.listing import find_images
 from dino.evaluation.attention import PatchColours, class_attention, correspondences, mass_mask, patch_features
 from dino.evaluation.features import normalized
@@ -93,18 +93,6 @@ def found_images(path: Path) -> list[Path]:
     return [path / name for name in found]
 
 
-def read_image(path: Path, channels: int) -> Tensor:
-    """uint8 [C, H, W].
-
-    Raises:
-        ValueError: for what cannot be read as an image of so many channels.
-    """
-    try:
-        return decode(path, channels)
-    except Exception as error:  # decoders have many kinds
-        raise ValueError(f"--image {path}: cannot be read as an image ({error})") from error
-
-
 def attend_images(
     onlooker: Onlooker, path: Path, output: Path, *, threshold: float | None = None, match: Path | None = None
 ) -> Path:
@@ -123,13 +111,13 @@ def attend_images(
     groups: dict[str, list[Path]] = {}
     first: Looked | None = None
     for name, each in named.items():
-        looked = onlooker.look(read_image(each, channels), name)
+        looked = onlooker.look(decode_or_explain(each, channels, "--image"), name)
         colours = colours or PatchColours.fit(looked.patches)
         first = first or looked
         groups[name] = write_pictures(looked, output / name, threshold, colours)
     if match is not None:
         assert first is not None
-        second = onlooker.look(read_image(match, channels), match.name)
+        second = onlooker.look(decode_or_explain(match, channels, "--match"), match.name)
         joined = output / "correspondence.png"
         count = write_correspondence(first, second, joined)
         groups[f"{first.name} and {match.name}: {count} patches are each other's nearest"] = [joined]

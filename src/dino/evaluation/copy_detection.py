@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dino import preemption, ranks
 from dino.backbone import Backbone
 from dino.backbone.base import check_at_least
-from dino.dataset.decode import decode
+from dino.dataset.decode import decode_or_explain
 from dino.dataset.listing import find_images
 from dino.evaluation.features import evaluation_mode, normalized
 from dino.evaluation.inputs import FeatureInputs
@@ -177,8 +177,5 @@ def _images(folder: str | None, key: str) -> list[Path]:
 
 def _squeezed(file: Path, channels: int, size: int) -> Tensor:
     """uint8 [1, C, S, S]."""
-    try:
-        image = decode(file, channels)
-    except Exception as error:  # decoders have many kinds
-        raise ValueError(f"{NAME}: {file} cannot be read ({error})") from error
+    image = decode_or_explain(file, channels, NAME)
     return F.interpolate(image[None], (size, size), mode="bicubic", antialias=True, align_corners=False)

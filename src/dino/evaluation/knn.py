@@ -92,15 +92,14 @@ def knn_classify(
         hits = _votes(weights, labels, targets, num_classes, set(neighbours), query_chunk)
     preemption.check()
     parts = gather_objects(hits)
-    num_queries = len(query_features)
-    results = {}
-    for k in neighbours:
-        of_ranks = [part[min(k, bank_size)] for part in parts]
-        predictions = torch.cat([predicted for predicted, _ in of_ranks])
-        top1 = int((predictions == query_labels.cpu()).sum())
-        top5 = sum(hits for _, hits in of_ranks)
-        results[k] = KNNResult(top1 * 100.0 / num_queries, top5 * 100.0 / num_queries, predictions)
-    return results
+    return {k: _result([part[min(k, bank_size)] for part in parts], query_labels.cpu()) for k in neighbours}
+
+
+def _result(of_ranks: Sequence[tuple[Tensor, int]], labels: Tensor) -> KNNResult:
+    """From the predictions and top-5 hits of each rank, which are those of one part of the labels [M] after another."""
+    predictions = torch.cat([predicted for predicted, _ in of_ranks])
+    top1, top5 = int((predictions == labels).sum()), sum(hits for _, hits in of_ranks)
+    return KNNResult(top1 * 100.0 / len(labels), top5 * 100.0 / len(labels), predictions)
 
 
 def nearest_neighbours(

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dino import preemption, ranks
 from dino.backbone import Backbone
 from dino.backbone.base import check_at_least
-from dino.dataset.decode import decode
+from dino.dataset.decode import decode_or_explain
 from dino.evaluation.features import evaluation_mode, normalized
 from dino.evaluation.inputs import FeatureInputs
 from dino.evaluation.ranking import average_precision, positive_ranks, precision_at
@@ -138,10 +138,7 @@ def read_shrunk(file: Path, channels: int, image_size: int, box: Sequence[float]
     Raises:
         ValueError: if it cannot be read.
     """
-    try:
-        image = decode(file, channels)
-    except Exception as error:  # decoders have many kinds
-        raise ValueError(f"{NAME}.root: {file} cannot be read ({error})") from error
+    image = decode_or_explain(file, channels, f"{NAME}.root")
     picture = Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())
     if box is not None:
         picture = picture.crop(tuple(box))  # type: ignore[arg-type]  # four numbers, also with fractions

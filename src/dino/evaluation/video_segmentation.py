@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from dino import preemption, ranks
 from dino.backbone.base import check_at_least
-from dino.dataset.decode import decode
+from dino.dataset.decode import decode_or_explain
 from dino.evaluation.attention import patch_features
 from dino.evaluation.features import evaluation_mode, normalized
 from dino.evaluation.inputs import FeatureInputs
@@ -119,10 +119,7 @@ class VideoSegmentationEvaluator:
         """[h, w, D] of each frame."""
         mean, std = inputs.dataset.normalization()
         for file in files:
-            try:
-                image = decode(file, inputs.dataset.channels)
-            except Exception as error:  # decoders have many kinds
-                raise ValueError(f"{NAME}.root: {file} cannot be read ({error})") from error
+            image = decode_or_explain(file, inputs.dataset.channels, f"{NAME}.root")
             image = F.interpolate(image[None], size, mode="bilinear", antialias=False, align_corners=False)
             with inputs.autocast():
                 features = patch_features(inputs.backbone, normalized(image.to(inputs.device), mean, std))
