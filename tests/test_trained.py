@@ -17,8 +17,9 @@ from torch.testing import assert_close
 
 from dino.backbone import ConvolutionalBackbone, VisionTransformer, original_names
 from dino.backbone.layouts import to_hugging_face
+from dino.export import export
 from dino.model import DINOHead, MultiCropModel, StudentTeacher
-from dino.trained import Trained, load_trained
+from dino.trained import Preparation, Trained, load_trained
 
 # As no published ViT: 64 features, so one head of 64.
 SHAPE: dict[str, Any] = {"image_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1}
@@ -209,6 +210,55 @@ def test_a_file_cannot_have_anything_but_a_backbone_built(tmp_path: Path) -> Non
     (tmp_path / "weights.json").write_text('{"backbone": {"_target_": "torch.hub.load", "repo_or_dir": "a/b"}}')
     with pytest.raises(ValueError, match=r"it names torch.hub.load, which is no backbone of this project"):
         load_trained(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"_target_": "dino.backbone.weights.torch.hub.load", "repo_or_dir": "a/b"}, "it names dino.backbone.weights"),
+        ({"_target_": "dino.loss.DINOLoss"}, "it names dino.loss.DINOLoss, which is no backbone of this project"),
+        ({"_target_": None}, "it names None, which is no backbone"),
+        (
+            {
+                "_target_": "dino.backbone.VisionTransformer",
+                "patch_size": {"_target_": "torch.load", "f": "other.pt", "weights_only": False},
+            },
+            "it names torch.load inside of its backbone",
+        ),
+    ],
+)
+def test_no_other_way_leads_to_something_that_is_called(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
+    torch.save(VisionTransformer(**SHAPE).state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "weights.json").write_text(json.dumps({"backbone": settings}))
+    with pytest.raises(ValueError, match=says):
+        load_trained(tmp_path / "weights.pth")
+
+
+def test_the_network_of_a_folder_of_hugging_face_is_known(run_dir: Path, tmp_path: Path) -> None:
+    (exported,) = export(load_trained(run_dir, network="student"), ["huggingface"], tmp_path)
+    assert load_trained(exported.path).network == "student"
+    (exported,) = export(load_trained(run_dir), ["huggingface"], tmp_path)
+    with pytest.raises(ValueError, match="--network student: it holds the teacher alone"):
+        load_trained(exported.path, network="student")
+
+
+@pytest.mark.parametrize(
+    ("processor", "resize", "size"),
+    [
+        ({"size": {"shortest_edge": 64}, "crop_size": {"height": 48, "width": 48}, "do_center_crop": True}, 64, 48),
+        ({"size": {"height": 48, "width": 48}}, 48, 48),
+        ({"size": 96, "crop_size": 80}, 96, 96),
+        ({}, 16, 16),
+    ],
+)
+def test_a_foreign_processor_says_how_images_are_prepared(
+    run_dir: Path, tmp_path: Path, processor: dict[str, Any], resize: int, size: int
+) -> None:
+    (exported,) = export(load_trained(run_dir), ["huggingface"], tmp_path)
+    (exported.path / "dino.json").unlink()
+    content = {"image_mean": [0.5], "image_std": [0.25], **processor}
+    (exported.path / "preprocessor_config.json").write_text(json.dumps(content))
+    assert load_trained(exported.path).preparation == Preparation(mean=[0.5], std=[0.25], resize=resize, size=size)
 
 
 def test_a_wrong_path_is_an_error_and_no_download(tmp_path: Path) -> None:

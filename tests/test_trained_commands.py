@@ -79,8 +79,39 @@ def test_student_other_settings_and_other_data_have_files_of_their_own(runs: Pat
     assert code == 0, stderr
     assert dino("evaluate", "second", "--network", "student", "--checkpoint", "best", cwd=runs)[0] == 0
     names = {path.name for path in (runs / "second" / "evaluation").iterdir()}
-    assert any(name.endswith("_folder") for name in names)
+    assert any(name.endswith("_folder_knn.neighbours=3") for name in names)
     assert any(name.endswith("_student") for name in names)
+
+
+def test_other_settings_of_an_evaluator_do_not_stand_for_the_runs_own(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "first", tmp_path / "run", symlinks=True)
+    before = last(tmp_path / "run")["val/knn_top1"]
+    code, _, stderr = dino("evaluate", "run", "evaluation.knn.neighbours=[1,200]", cwd=tmp_path)
+    assert code == 0, stderr
+    assert (tmp_path / "run" / "evaluation" / "step_00000012_knn.neighbours=1,200" / "results.json").is_file()
+    assert dino("results", ".", "--csv", "all.csv", cwd=tmp_path)[0] == 0
+    with (tmp_path / "all.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["val/knn_top1"]) == before
+    assert "val/knn_top1 (knn.neighbours=1,200)" in row
+
+
+def test_weights_at_another_size_do_not_stand_for_the_runs_own(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "first", tmp_path / "run", symlinks=True)
+    assert dino("export", "run", "--format", "timm", "--size", "24", cwd=tmp_path)[0] == 0
+    (weights,) = (tmp_path / "run" / "export").glob("*_24.pth")
+    code, stdout, stderr = dino("evaluate", str(weights), cwd=tmp_path)
+    assert code == 0, stderr
+    assert "_evaluation_size=24" in stdout.split("results: ")[1]
+
+
+def test_what_cannot_be_measured_is_said(runs: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        Image.new("L", (20, 20), 60 * number).save(tmp_path / f"{number}.png")
+    shutil.copy((runs / "first" / "checkpoints" / "last.pt").resolve(), tmp_path / "mine.pt")
+    code, stdout, _ = dino("evaluate", "mine.pt", "dataset.root=.", cwd=tmp_path)
+    assert code == 1
+    assert "no k-NN: dataset folder has no held-out split" in stdout
 
 
 @pytest.mark.parametrize(
@@ -127,6 +158,9 @@ def test_attention_of_a_run_is_drawn(runs: Path, tmp_path: Path) -> None:
     code, stdout, _ = dino("attend", *words, "--untrained", "--output", "fresh", cwd=tmp_path)
     assert code == 0
     assert "freshly initialised" in stdout
+    page = (tmp_path / "fresh" / "index.html").read_text()
+    assert "untrained" in page
+    assert "loaded 18" not in page
     first, fresh = (
         (tmp_path / folder / "photo" / "attention_mean.png").read_bytes() for folder in ("attention", "fresh")
     )
@@ -207,6 +241,20 @@ def test_the_doctor_says_what_is_wrong_and_how_to_mend_it(bare_machine: dict[str
     assert f"{tmp_path}/none" in stdout
     assert "wrong: 2" in stdout
     assert os.listdir(tmp_path) == []  # it leaves nothing behind
+
+
+def test_what_breaks_the_doctor_is_a_finding(bare_machine: dict[str, str], tmp_path: Path) -> None:
+    sbatch = Path(bare_machine["PATH"]) / "sbatch"  # without sinfo beside it
+    sbatch.write_text("#!/bin/sh\n")
+    sbatch.chmod(0o755)
+    try:
+        code, stdout, stderr = dino("doctor", cwd=tmp_path, environment=bare_machine)
+    finally:
+        sbatch.unlink()
+    assert code == 1
+    assert "FileNotFoundError" in stdout
+    assert "1,437 training images" in stdout
+    assert "Traceback" not in stderr
 
 
 @pytest.mark.slow

@@ -49,16 +49,15 @@ class Finding:
 
 def examine(config: DictConfig) -> Iterator[Finding]:
     """Findings about this machine, for the run that `config` describes, as they are made."""
-    yield from _versions()
-    yield from _device(config)
-    yield from _machine(config)
-    yield from _disk(config)
-    yield _slurm()
-    yield from _trackers()
-    yield _data(config)
+    parts = {"versions": _versions, "device": _device, "machine": _machine, "disk": _disk, "Slurm": _slurm}
+    for name, part in {**parts, "trackers": _trackers, "data": _data}.items():
+        try:
+            yield from part(config)
+        except Exception as error:  # whatever is broken here is what somebody came to hear of
+            yield Finding("wrong", name, f"{type(error).__name__}: {error}", "")
 
 
-def _versions() -> Iterator[Finding]:
+def _versions(_: DictConfig) -> Iterator[Finding]:
     python = f"{platform.python_version()} ({sys.executable})"
     fits = (3, 11) <= sys.version_info[:2] < (3, 14)
     yield Finding("good" if fits else "wrong", "python", python, "" if fits else "use Python 3.11, 3.12 or 3.13")
@@ -152,21 +151,24 @@ def _disk(config: DictConfig) -> Iterator[Finding]:
     )
 
 
-def _slurm() -> Finding:
+def _slurm(_: DictConfig) -> Iterator[Finding]:
     if not shutil.which("sbatch"):
-        return Finding("note", "Slurm", "none here (no sbatch)", "sweeps run on this machine: cluster=local")
+        yield Finding("note", "Slurm", "none here (no sbatch)", "sweeps run on this machine: cluster=local")
+        return
     try:
         command = ["sinfo", "--noheader", "--format=%P %a %l %D"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        return Finding("wrong", "Slurm", f"sinfo gave no answer in {COMMAND_TIMEOUT_S} s", "the controller may be down")
+        yield Finding("wrong", "Slurm", f"sinfo gave no answer in {COMMAND_TIMEOUT_S} s", "the controller may be down")
+        return
     if done.returncode:
-        return Finding("wrong", "Slurm", done.stderr.strip() or "sinfo failed", "check SLURM_CONF and the controller")
+        yield Finding("wrong", "Slurm", done.stderr.strip() or "sinfo failed", "check SLURM_CONF and the controller")
+        return
     partitions = "; ".join(" ".join(line.split()) for line in done.stdout.splitlines() if line.strip())
-    return Finding("good", "Slurm", f"partitions (state, time limit, nodes): {partitions or 'none'}")
+    yield Finding("good", "Slurm", f"partitions (state, time limit, nodes): {partitions or 'none'}")
 
 
-def _trackers() -> Iterator[Finding]:
+def _trackers(_: DictConfig) -> Iterator[Finding]:
     if importlib.util.find_spec("wandb"):
         mode = os.environ.get("WANDB_MODE")
         if mode in ("offline", "disabled"):
@@ -186,14 +188,14 @@ def _netrc_names(host: str) -> bool:
         return False
 
 
-def _data(config: DictConfig) -> Finding:
+def _data(config: DictConfig) -> Iterator[Finding]:
     from dino.config import build
 
     try:
         dataset = build(config, "dataset")
-        count = len(dataset.train())
+        count, held_out = len(dataset.train()), dataset.evaluation()
     except ValueError as error:
-        return Finding("wrong", "data", str(error), "dino data check says more")
-    held_out = dataset.evaluation()
+        yield Finding("wrong", "data", str(error), "dino data check says more")
+        return
     apart = "none held out" if held_out is None else f"{len(held_out[1]):,} held out"
-    return Finding("good", "data", f"{dataset.name}: {count:,} training images, {apart}")
+    yield Finding("good", "data", f"{dataset.name}: {count:,} training images, {apart}")

@@ -20,12 +20,14 @@ from dino.backbone.positions import grid_side
 from dino.backbone.recognise import BY_HAND, recognise
 from dino.backbone.weights import FIRST_CONVOLUTIONS, load_found, read_file
 from dino.config import CONF, build
+from dino.messages import ConfigError
 from dino.runtime import set_seeds
+from dino.targets import Policy, locate, target_nodes
 from dino.training.checkpoint import CheckpointStore
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 LAST, BEST = "last", "best"
-TEACHER = "teacher"
+TEACHER, UNTRAINED = "teacher", "untrained"
 # What may stand in the JSON file beside weights.
 BESIDE = {"backbone": dict, "preparation": dict, "network": str, "step": int, "settings": dict, "num_heads": int}
 
@@ -49,7 +51,7 @@ class Trained:
     preparation: Preparation
     report: LoadReport
     file: Path  # that was read
-    network: str  # student | teacher
+    network: str  # student | teacher | untrained
     step: int | None  # of the run; None where the file does not say
     run_settings: dict[str, Any]  # dotted key -> value of all that changes results; empty for files of others
 
@@ -77,7 +79,10 @@ class Trained:
     def untrained(self, seed: int = 0) -> "Trained":
         """The same network with fresh weights."""
         set_seeds(seed)
-        return dataclasses.replace(self, backbone=_built(self.settings, _allowed_targets(self.file)))
+        fresh = _built(self.settings, _allowed_targets(self.file))
+        notice = f"freshly initialised, of the shape of {self.file}"
+        report = LoadReport(str(self.file), "none", 0, self.report.total, (), (notice,))
+        return dataclasses.replace(self, backbone=fresh, report=report, network=UNTRAINED, step=None)
 
 
 def load_trained(
@@ -103,7 +108,7 @@ def load_trained(
         found = find_backbone(content, network)
         beside = _beside(file, content)
         settings = _settings(backbone, beside, found)
-        if found.layout == "backbone only":  # which of the two it is, only the file beside it can tell
+        if not found.both_possible:  # which of the two it is, only what lies beside it can tell
             network = _known_network(beside.get("network"), network)
         built = _built(settings, _allowed_targets(file))
         preparation = _preparation(beside, settings)
@@ -143,12 +148,18 @@ def _allowed_targets(file: Path) -> list[str]:
 
 
 def _built(settings: Mapping[str, Any], allowed: Sequence[str] = ()) -> Backbone:
-    """Only a backbone: whatever a file names beside them is not called, and none fetches weights."""
-    target = str(settings.get("_target_"))
-    if not target.startswith(("dino.backbone.", *(f"{name}." for name in allowed))):
-        raise ValueError(f"it names {target}, which is no backbone of this project; {BY_HAND}")
-    local = {key: value for key, value in settings.items() if key not in ("weights", "pretrained")}
-    config = OmegaConf.create({"backbone": local, "allowed_targets": list(allowed)})
+    """Only a backbone, from plain values: nothing else that a file names is called."""
+    name = settings.get("_target_")
+    try:
+        target = locate("backbone", name, Policy(tuple(allowed), frozenset()))  # type: ignore[arg-type]  # it refuses
+    except ConfigError:
+        target = object
+    if not (isinstance(target, type) and issubclass(target, Backbone)):
+        raise ValueError(f"it names {name}, which is no backbone of this project; {BY_HAND}")
+    inner = [node["_target_"] for key, node in target_nodes(dict(settings)) if key]
+    if inner:
+        raise ValueError(f"it names {inner[0]} inside of its backbone, which takes plain values alone")
+    config = OmegaConf.create({"backbone": dict(settings), "allowed_targets": list(allowed)})
     backbone: Backbone = build(config, "backbone")
     return backbone.eval().requires_grad_(False)
 
@@ -216,12 +227,23 @@ def _beside(file: Path, content: object) -> dict[str, Any]:
             return ours
         config, processor = _read_json(file / "config.json"), _read_json(file / "preprocessor_config.json")
         known: dict[str, Any] = {"num_heads": config.get("num_attention_heads")}
-        if "image_mean" in processor and "image_std" in processor and "image_size" in config:
-            size = config["image_size"]
-            known["preparation"] = {"mean": processor["image_mean"], "std": processor["image_std"]}
-            known["preparation"] |= {"resize": size * 8 // 7, "size": size}
+        sizes = _processor_sizes(processor, config.get("image_size"))
+        if "image_mean" in processor and "image_std" in processor and sizes:
+            known["preparation"] = {"mean": processor["image_mean"], "std": processor["image_std"], **sizes}
         return known
     return _known(_read_json(file.with_suffix(".json")))
+
+
+def _processor_sizes(processor: Mapping[str, Any], image_size: object) -> dict[str, int]:
+    """Of an image processor of Hugging Face: what is cut out, and the short side before; empty where it does not say.
+
+    One that squeezes whole images into a square counts as one that cuts squares out: for square images it is.
+    """
+    resize, cut = processor.get("size"), processor.get("crop_size") if processor.get("do_center_crop") else None
+    resize, cut = ({"height": each} if isinstance(each, int) else each or {} for each in (resize, cut))
+    size = cut.get("height", resize.get("height", image_size))
+    short = resize.get("shortest_edge", resize.get("height", size))
+    return {"size": size, "resize": max(size, short)} if isinstance(size, int) and isinstance(short, int) else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -240,10 +262,12 @@ def _known(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(backbone: str | None, beside: Mapping[str, Any], found: Found) -> dict[str, Any]:
-    """Of the backbone: as the user says, as the file says, or as its tensors tell."""
+    """Of the backbone, without what would fetch weights: as the user says, as the file says, or as its tensors tell."""
     if backbone is not None:
-        return _named(backbone, found)
-    return dict(beside["backbone"]) if "backbone" in beside else recognise(found.state, beside.get("num_heads"))
+        settings = _named(backbone, found)
+    else:
+        settings = beside["backbone"] if "backbone" in beside else recognise(found.state, beside.get("num_heads"))
+    return {key: value for key, value in settings.items() if key not in ("weights", "pretrained")}
 
 
 def _named(backbone: str, found: Found) -> dict[str, Any]:

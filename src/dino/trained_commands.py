@@ -1,6 +1,9 @@
 """Commands of `dino` that use what was learned, of any run, checkpoint or weight file, and look at runs and machine."""
 
 import contextlib
+import logging
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,8 +50,12 @@ def evaluate(
 ) -> None:
     """What features are worth: k-NN, linear probe, rank, retrieval, copy detection, video segmentation."""
     from dino.evaluation.command import evaluate_trained
+    from dino.processes import Processes
 
     with _answering():
+        if not Processes.from_environment().is_main:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 says it, for as long as this process lives
+        _show_log()
         trained = _loaded(weights, network, checkpoint, backbone)
         places = (weights, weights.resolve().parent.parent)  # a checkpoint that lies in its run belongs to it
         of_run = (place for place in places if trained.run_settings and (place / "config.yaml").is_file())
@@ -73,7 +80,9 @@ def evaluate(
 def attend(
     weights: Weights,
     image: Annotated[Path, typer.Option(help="an image, a folder of images, or a video")],
-    output: Annotated[Path, typer.Option(help="the folder that is written")] = Path("attention"),
+    output: Annotated[
+        Path | None, typer.Option(help="the folder that is written; attention, or attention_untrained")
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option(help="also masks of the patches that hold this share of a head's attention")
     ] = None,
@@ -96,6 +105,7 @@ def attend(
         if untrained:
             trained = trained.untrained()
             typer.echo("these weights are left aside: the network is freshly initialised")
+        output = output or Path("attention_untrained" if untrained else "attention")
         onlooker = Onlooker(trained, size or 2 * trained.preparation.size, choose_device("auto"))
         if image.suffix.lower() in VIDEO_SUFFIXES and image.is_file():
             if threshold is not None or match is not None:
@@ -114,7 +124,7 @@ def export(
     ] = "safetensors",
     output: Annotated[Path | None, typer.Option(help="the folder that is written; export/ of a run")] = None,
     size: Annotated[
-        list[int] | None, typer.Option(help="side of the images [pixels], also several times; that of training")
+        list[str] | None, typer.Option(help="of the images [pixels]: 224, or 224x320; also several times; of training")
     ] = None,
     checkpoint: Checkpoint = "last",
     network: Network = "teacher",
@@ -126,15 +136,31 @@ def export(
     with _answering():
         trained = _loaded(weights, network, checkpoint, backbone)
         folder = output or (weights / "export" if (weights / "checkpoints").is_dir() else Path("export"))
-        done = write(trained, [name.strip() for name in formats.split(",")], folder, size or ())
+        sizes = [_size(word) for word in size or ()]
+        done = write(trained, [name.strip() for name in formats.split(",")], folder, sizes)
     for each in done:
-        verdict = "equal" if each.equal else "NOT EQUAL"
+        verdict, pixels = "equal" if each.equal else "NOT EQUAL", " x ".join(map(str, each.image_size))
         typer.echo(
-            f"{each.path}: {verdict} at {each.image_size} pixels, largest difference {each.largest_difference:.2g} "
+            f"{each.path}: {verdict} at {pixels} pixels, largest difference {each.largest_difference:.2g} "
             f"of {each.largest_feature:.2g} ({each.reader})\n    {each.usage}"
         )
     if not all(each.equal for each in done):
         raise typer.Exit(1)
+
+
+def _show_log() -> None:
+    """What evaluators have to say, such as why something cannot be measured, is printed."""
+    log, handler = logging.getLogger("dino"), logging.StreamHandler(sys.stdout)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+
+
+def _size(word: str) -> tuple[int, int]:
+    """`224`, or `224x320`: height and width."""
+    height, _, width = word.partition("x")
+    if not height.isdecimal() or not (width or height).isdecimal():
+        raise ValueError(f"--size {word}: use a number of pixels, or HEIGHTxWIDTH, such as 224 or 224x320")
+    return int(height), int(width or height)
 
 
 def results(

@@ -204,6 +204,13 @@ def _combinations(config: _Config) -> Iterator[str]:
         yield f"trainer.precision={precision}: for GPUs only; with trainer.device=cpu use bf16, fp32 or auto"
     if values.get("trainer.parallel") == "fsdp":
         yield from _sharded(values)
+    frozen = values.get("trainer.freeze_backbone_steps") or 0
+    known = "backbone.weights" in values  # a backbone of somebody else's may have other ways to start
+    if frozen > 0 and known and not values["backbone.weights"] and not values.get("backbone.pretrained"):
+        yield (
+            f"trainer.freeze_backbone_steps={frozen}: the backbone has nothing to keep; "
+            "say what to go on from, backbone.weights=FILE or backbone.pretrained=true, or use 0"
+        )
     steps = values.get("trainer.accumulate_steps", 1)
     if steps > 1:
         instead = f"use trainer.accumulate_steps=1 and dataset.batch_size={values.get('dataset.batch_size', 1) * steps}"

@@ -47,6 +47,18 @@ def test_registers_are_left_out(images: Tensor) -> None:
         assert float(attention.sum(dim=-1).max()) < 1
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch16_18x2_224", "vit_small_r26_s32_224"])
+def test_vits_of_other_blocks_or_patches_have_features_alone(name: str) -> None:
+    backbone = TimmBackbone(model_name=name, image_size=64).eval()
+    assert not backbone.has_tokens
+    assert backbone(torch.zeros(1, 3, 64, 64)).shape == (1, backbone.embed_dim)
+
+
+def test_the_patch_of_a_vit_is_its_own() -> None:
+    with pytest.raises(ValueError, match=r"backbone.patch_size=32: vit_tiny_patch16_224 has patches of 16; set that"):
+        TimmBackbone(model_name="vit_tiny_patch16_224", patch_size=32)
+
+
 def test_others_say_that_they_have_none(images: Tensor) -> None:
     backbone = TimmBackbone(model_name="resnet10t")
     assert not backbone.has_tokens

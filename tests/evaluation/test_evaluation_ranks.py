@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dino import preemption, ranks
-from dino.dataset import ImageDataset
+from dino.dataset import EvaluationLoader, ImageDataset, SubsetSource
 from dino.evaluation import (
     EvaluationInputs,
     KNNEvaluator,
@@ -104,10 +105,12 @@ def test_features_that_are_not_finite_stop_every_rank_with_the_reason(run_ranks:
     assert run_ranks(classify, 2) == [True, True]
 
 
-def test_an_empty_split_is_an_error_on_every_rank(run_ranks: RunRanks) -> None:
+def test_an_empty_split_is_an_error_on_every_rank(run_ranks: RunRanks, make_noise: Callable[..., ImageDataset]) -> None:
     def extract() -> bool:
+        nothing = SubsetSource(make_noise().train(), np.empty(0, dtype=np.int64))
+        loader = EvaluationLoader(nothing, size=16, resize=16, batch_size=4, num_workers=0)
         with pytest.raises(ValueError, match="no images"):
-            extract_features(lambda images: images, [], CPU, mean=[0], std=[1])
+            extract_features(lambda images: images, loader, CPU, mean=[0], std=[1])
         return True
 
     assert run_ranks(extract, 2) == [True, True]

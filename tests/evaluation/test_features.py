@@ -25,10 +25,16 @@ class Noisy(nn.Module):
         return features
 
 
-def batches(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
+class Listed(list[tuple[Tensor, Tensor | None]]):
+    @property
+    def num_images(self) -> int:
+        return sum(len(images) for images, _ in self)
+
+
+def batches(sizes: list[int]) -> Listed:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (sum(sizes), 2, 4, 4), generator=generator, dtype=torch.uint8)
-    return list(zip(images.split(sizes), torch.arange(sum(sizes)).split(sizes), strict=True))
+    return Listed(zip(images.split(sizes), torch.arange(sum(sizes)).split(sizes), strict=True))
 
 
 def test_features_and_labels_keep_the_order_of_the_images() -> None:
@@ -42,7 +48,7 @@ def test_features_and_labels_keep_the_order_of_the_images() -> None:
 
 
 def test_without_labels_there_are_none() -> None:
-    loader = [(images, None) for images, _ in batches([3, 2])]
+    loader = Listed((images, None) for images, _ in batches([3, 2]))
     features, labels = extract_features(lambda x: x.flatten(1), loader, CPU, mean=[0, 0], std=[1, 1])
     assert features.shape == (5, 32)
     assert labels is None
@@ -98,4 +104,4 @@ def test_the_whole_range_of_pixels_is_normalised() -> None:
 
 def test_no_images_are_an_error() -> None:
     with pytest.raises(ValueError, match="no images"):
-        extract_features(lambda x: x, [], CPU, mean=[0], std=[1])
+        extract_features(lambda x: x, Listed(), CPU, mean=[0], std=[1])

@@ -102,6 +102,18 @@ def test_images_of_a_kind_are_found(oxford: Path, make_inputs: MakeInputs) -> No
         }
 
 
+def test_ranks_share_the_images(
+    oxford: Path, copydays: Path, make_inputs: MakeInputs, run_ranks: Callable[..., list[Any]]
+) -> None:
+    inputs = make_inputs()
+    evaluators = [
+        RetrievalEvaluator(root=str(oxford), image_size=32),
+        CopyDetectionEvaluator(root=str(copydays), image_size=32, whitening=str(copydays / "original")),
+    ]
+    for evaluator in evaluators:
+        assert run_ranks(evaluator.evaluate, 3, inputs) == [evaluator.evaluate(inputs)] * 3
+
+
 def test_a_ground_truth_that_is_wrong_gives_what_is_counted_by_hand(oxford: Path, make_inputs: MakeInputs) -> None:
     """The positives of query 0 are images of another kind: they come behind its own, of which one is junk."""
     path = oxford / "gnd_roxford.pkl"

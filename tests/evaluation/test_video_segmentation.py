@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,25 @@ def test_a_video_is_segmented_end_to_end(davis: Path, make_inputs: MakeInputs) -
         assert mask.size == (128, 64)
         assert mask.getpalette()[3:9] == [200, 0, 0, 0, 200, 0]
         assert set(np.unique(np.array(mask)).tolist()) <= {0, 1, 2}
+
+
+def test_ranks_share_the_videos(davis: Path, make_inputs: MakeInputs, run_ranks: Callable[..., list[Any]]) -> None:
+    for kind in ("JPEGImages", "Annotations"):
+        shutil.copytree(davis / kind / "480p" / "two", davis / kind / "480p" / "three")
+    inputs = make_inputs()
+    evaluator = VideoSegmentationEvaluator(root=str(davis), short_side=64)
+    expected = evaluator.evaluate(inputs)
+    assert run_ranks(evaluator.evaluate, 3, inputs) == [expected] * 3  # one rank has no video
+
+
+def test_a_disk_that_refuses_costs_the_masks_alone(
+    davis: Path, make_inputs: MakeInputs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    inputs = make_inputs(folder=tmp_path / "file" / "evaluation")
+    metrics = VideoSegmentationEvaluator(root=str(davis), short_side=64).evaluate(inputs)
+    assert metrics["val/segmentation_j"] > 40
+    assert "segmentation/two is left out: Not a directory" in caplog.text
 
 
 def test_black_and_white_masks_are_one_object(tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ import torch
 from command_line import run, train
 from torch import Tensor
 
-from dino.backbone import from_original_names
+from dino.backbone import VisionTransformer, from_original_names
+from dino.dataset.evaluation_loader import resize_and_cut
+from dino.evaluation import normalized
 from dino.export import FORMATS, export
+from dino.export.formats import original_arguments
 from dino.trained import Trained, load_trained
 
 DINO = str(Path(sys.executable).with_name("dino"))
@@ -45,7 +48,7 @@ def images_of(trained: Trained, size: int) -> Tensor:
 @pytest.mark.parametrize("size", [32, 48])
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_the_owner_of_each_format_gets_the_same_features(vit: Trained, name: str, size: int, tmp_path: Path) -> None:
-    (exported,) = export(vit, [name], tmp_path, [size])
+    (exported,) = export(vit, [name], tmp_path, [(size, size)])
     sized = vit if size == vit.image_size or not FORMATS[name].one_size else vit.at_size(size)
     images = images_of(vit, size)
     with torch.no_grad():
@@ -108,13 +111,59 @@ def test_onnx_takes_any_number_of_images(vit: Trained, tmp_path: Path) -> None:
         assert difference.abs().max() < TOLERANCE
 
 
+def test_onnx_takes_images_that_are_no_squares(vit: Trained, tmp_path: Path) -> None:
+    (exported,) = export(vit, ["onnx"], tmp_path, [(32, 56)])
+    assert exported.path.name.endswith("32x56.onnx")
+    images = torch.randn(3, vit.settings["channels"], 32, 56, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        difference = FORMATS["onnx"].features(vit, exported.path, images) - vit.backbone(images)
+    assert difference.abs().max() < TOLERANCE
+    with pytest.raises(ValueError, match=r"timm: position tables are square, so not for --size 32x56; onnx has any"):
+        export(vit, ["onnx", "timm"], tmp_path / "both", [(32, 56)])
+    assert not (tmp_path / "both").exists()
+    with pytest.raises(ValueError, match="instead of 33 use 32 or"):
+        export(vit, ["onnx"], tmp_path, [(32, 33)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"embed_dim": 384, "num_heads": 6, "patch_size": 8}, "--arch vit_small --patch_size 8"),
+        ({"embed_dim": 192, "num_heads": 3, "patch_size": 16}, "--arch vit_tiny --patch_size 16"),
+        ({"embed_dim": 192, "num_heads": 3, "patch_size": 16, "image_size": 96}, None),
+        ({"embed_dim": 192, "num_heads": 3, "patch_size": 16, "channels": 1}, None),
+        ({"embed_dim": 64, "num_heads": 1, "patch_size": 16}, None),
+    ],
+)
+def test_the_originals_scripts_are_named_for_networks_that_they_build(
+    settings: dict[str, Any], words: str | None
+) -> None:
+    settings = {"image_size": 224, "depth": 12, **settings}
+    assert original_arguments(VisionTransformer(**settings), settings) == words
+
+
+def test_hugging_face_prepares_photographs_as_we_do(run_dir: Path, tmp_path: Path) -> None:
+    """One that is no square: short side resized, centre cut out."""
+    transformers = pytest.importorskip("transformers")
+    trained = load_trained(run_dir)
+    (exported,) = export(trained, ["huggingface"], tmp_path)
+    processor = transformers.AutoImageProcessor.from_pretrained(exported.path, local_files_only=True)
+    photo = torch.randint(0, 256, (1, 40, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    prepared = trained.preparation
+    ours = normalized(resize_and_cut(photo[None], prepared.resize, prepared.size), prepared.mean, prepared.std)
+    theirs = processor(photo, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+    assert theirs.shape == ours.shape
+    assert (theirs - ours).abs().max() * prepared.std[0] < 0.02  # pixels of 0..1: it rounds otherwise
+
+
 def test_a_format_without_a_place_for_the_network_says_so(tmp_path: Path) -> None:
     import torchvision.models
 
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "resnet.pth")
     resnet = load_trained(tmp_path / "resnet.pth")
-    with pytest.raises(ValueError, match="only ViTs"):
-        export(resnet, ["huggingface"], tmp_path)
+    with pytest.raises(ValueError, match=r"nothing was written, .*huggingface: only ViTs"):
+        export(resnet, ["timm", "huggingface"], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     for name in ("safetensors", "original", "timm", "onnx"):
         (exported,) = export(resnet.at_size(64), [name], tmp_path / name)
         assert exported.equal, exported

@@ -178,6 +178,14 @@ class History:
         return max([int(self.status.get("step") or 0), *(int(line["step"]) for line in self.lines)])
 
     @property
+    def train_time_s(self) -> float | None:
+        """Time of training [s]; before the end what lies between the first and the last logged line."""
+        if "train_time_s" in self.summary:
+            return float(self.summary["train_time_s"])
+        times = [float(line["time"]) for line in self.lines if "time" in line]
+        return times[-1] - times[0] if len(times) > 1 else None
+
+    @property
     def total_steps(self) -> int | None:
         """At which the run is done; None before it has begun."""
         total = self.status.get("total_steps")

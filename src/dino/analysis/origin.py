@@ -1,6 +1,6 @@
 """What a run's settings differ in from where they come from, and from those of other runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dino.analysis.history import History
 from dino.config import compose, differences, resolve
@@ -33,9 +33,8 @@ def changes(history: History) -> tuple[str, list[str]]:
     return " ".join(["python train.py", *words]), differences(there, here)
 
 
-def differing(histories: Sequence[History]) -> dict[str, list[object]]:
+def differing(settings: Sequence[Mapping[str, object]]) -> dict[str, list[object]]:
     """Key -> value of each run, for the settings in which runs differ."""
-    settings = [history.settings for history in histories]
     keys = dict.fromkeys(key for each in settings for key in each if key not in PLACES)
     values = {key: [each.get(key) for each in settings] for key in keys}
     return {key: row for key, row in values.items() if any(value != row[0] for value in row)}

@@ -141,7 +141,7 @@ def _comparison(analyses: Sequence[Analysis], names: Sequence[str]) -> str:
         ]
         for analysis, name in zip(analyses, names, strict=True)
     ]
-    differ = differing([analysis.history for analysis in analyses])
+    differ = differing([analysis.history.settings for analysis in analyses])
     settings = (
         table(["setting", *names], [[key, *map(show, values)] for key, values in differ.items()])
         if differ

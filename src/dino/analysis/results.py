@@ -21,6 +21,24 @@ FACTS = ("run", "state", "step", "time_s")
 
 
 @dataclass(frozen=True)
+class _Run:
+    """What is kept of a run: of all its lines only the last values."""
+
+    facts: dict[str, Any]
+    settings: dict[str, Any]
+    metrics: dict[str, float | None]
+    evaluated: frozenset[str]  # the metrics that `dino evaluate` found
+
+    @classmethod
+    def read(cls, directory: Path, folder: Path) -> "_Run":
+        history = History.load(directory)
+        facts = {"state": history.state, "step": history.step, "time_s": history.train_time_s}
+        logged, more = {name: history.last(name) for name in history.names}, _evaluated(history)
+        name = str(directory.relative_to(folder))
+        return cls({"run": name, **facts}, history.settings, {**logged, **more}, frozenset(more))
+
+
+@dataclass(frozen=True)
 class Results:
     """Columns and one row a run; what a run does not have is None.
 
@@ -55,24 +73,20 @@ def collect_results(folder: Path, metrics: Sequence[str] = (), sort: str | None 
     Raises:
         ValueError: no run is there, or there is no such metric or column.
     """
-    runs = found_runs(folder)
+    runs = [_Run.read(directory, folder) for directory in found_runs(folder)]
     if not runs:
         raise ValueError(f"{folder}: no run is in it; give a folder above run directories, such as outputs")
-    histories = [History.load(run) for run in runs]
-    evaluated = [_evaluated(history) for history in histories]
-    known = {name for history, more in zip(histories, evaluated, strict=True) for name in (*history.names, *more)}
+    known = {name for run in runs for name in run.metrics}
     for name in metrics:
         if name not in known:
             raise ValueError(f"--metric {name}: no run has it{did_you_mean(name, sorted(known))}")
-    extra = sorted({name for more in evaluated for name in more} - set(METRICS))
+    extra = sorted({name for run in runs for name in run.evaluated} - set(METRICS))
     shown = list(metrics) or [name for name in (*METRICS, *extra) if name in known]
-    settings = differing(histories) if len(histories) > 1 else {}
+    settings = differing([run.settings for run in runs])
     rows = []
-    for place, (run, history, more) in enumerate(zip(runs, histories, evaluated, strict=True)):
-        seconds = history.summary.get("train_time_s")
-        facts = {"run": str(run.relative_to(folder)), "state": history.state, "step": history.step, "time_s": seconds}
-        values = {name: more.get(name, history.last(name)) for name in shown}
-        rows.append({**facts, **{key: column[place] for key, column in settings.items()}, **values})
+    for place, run in enumerate(runs):
+        own = {key: column[place] for key, column in settings.items()}
+        rows.append({**run.facts, **own, **{name: run.metrics.get(name) for name in shown}})
     results = Results(list(settings), shown, rows)
     if sort is not None:
         if sort not in results.columns:

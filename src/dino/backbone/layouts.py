@@ -42,6 +42,7 @@ class Found:
     state: State
     ignored: tuple[str, ...]
     layout: str
+    both_possible: bool = False  # whether the layout is one that has student and teacher
 
 
 def find_backbone(content: object, network: str) -> Found:
@@ -65,7 +66,8 @@ def find_backbone(content: object, network: str) -> Found:
         chosen = {name.removeprefix(prefix): value for name, value in content.items() if name.startswith(prefix)}
     else:
         layout, chosen = "backbone only", content
-    if layout != "backbone only" and not chosen:
+    both_possible = chosen is not content
+    if both_possible and not chosen:
         raise ValueError(f"there is no {network} in it, only the other network")
     state = {_unwrap(name): value for name, value in dict(chosen or {}).items() if isinstance(value, Tensor)}
     if not state:
@@ -81,7 +83,7 @@ def find_backbone(content: object, network: str) -> Found:
     if any("embeddings.patch_embeddings.projection" in name for name in state):
         layout = "Hugging Face ViTModel"
         state = from_hugging_face(state)
-    return Found(state, tuple(ignored), layout)
+    return Found(state, tuple(ignored), layout, both_possible)
 
 
 def _descend(content: object) -> dict[str, Any]:

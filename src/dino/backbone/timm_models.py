@@ -50,12 +50,15 @@ class TimmBackbone(OneSizeBackbone):
         self.model_name, self.image_size = model_name, image_size
         if pretrained and weights is not None:
             raise ValueError(f"backbone.weights={weights} and backbone.pretrained=true exclude each other; choose one")
-        self.network = _create(model_name, pretrained, channels, image_size, drop_path_rate)
+        self.network, taken = _create(model_name, pretrained, channels, image_size, drop_path_rate)
+        self.takes_image_size = "img_size" in taken  # whether timm makes it for one size of images
         # Some networks end in one more layer after the pooling, whose width is this.
         width: Any = getattr(self.network, "head_hidden_size", None) or self.network.num_features
         self.embed_dim = int(width)
         patch = _patch_size(self.network)
         if patch_size > 1 and patch_size % patch:
+            raise ValueError(f"backbone.patch_size={patch_size}: {model_name} has patches of {patch}; set that")
+        if self.has_tokens and patch_size not in (1, patch):
             raise ValueError(f"backbone.patch_size={patch_size}: {model_name} has patches of {patch}; set that")
         self.patch_size = max(patch, patch_size)
         self.depth = len(list(self.network.blocks.children())) if self.has_tokens else 0  # type: ignore[union-attr]
@@ -65,9 +68,15 @@ class TimmBackbone(OneSizeBackbone):
 
     @property
     def has_tokens(self) -> bool:
-        from timm.models.vision_transformer import VisionTransformer
+        from timm.layers.patch_embed import PatchEmbed
+        from timm.models.vision_transformer import Block, VisionTransformer
 
-        return isinstance(self.network, VisionTransformer) and self.network.cls_token is not None
+        network: Any = self.network
+        plain = isinstance(network, VisionTransformer) and isinstance(network.patch_embed, PatchEmbed)
+        if not plain or network.cls_token is None:
+            return False
+        # Blocks of other kinds (parallel, convolutional) have no attention that could be asked for.
+        return all(isinstance(block, Block) for block in network.blocks.children())
 
     def intermediate_layers(self, images: Tensor, n: int) -> list[Tensor]:
         """As in the base class; registers are left out."""
@@ -138,8 +147,10 @@ def _check_name(model_name: str, pretrained: bool) -> None:
         raise ValueError(f"backbone.pretrained=true: timm has no weights for {model_name}")
 
 
-def _create(model_name: str, pretrained: bool, channels: int, image_size: int, drop_path_rate: float) -> nn.Module:
-    """Builds the network with those of the options that it takes: only its constructor knows which."""
+def _create(
+    model_name: str, pretrained: bool, channels: int, image_size: int, drop_path_rate: float
+) -> tuple[nn.Module, list[str]]:
+    """The network with those of the options that it takes, and which: only its constructor knows."""
     from timm import create_model
 
     options: dict[str, Any] = {
@@ -163,7 +174,7 @@ def _create(model_name: str, pretrained: bool, channels: int, image_size: int, d
             options = {name: value for name, value in options.items() if name not in refused}
     if pretrained:
         network = fetch(lambda: create_model(model_name, pretrained=True, **shape, **options))
-    return network
+    return network, list(options)
 
 
 def _patch_size(network: nn.Module) -> int:

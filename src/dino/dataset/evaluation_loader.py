@@ -43,6 +43,11 @@ class EvaluationLoader:
         """Number of batches."""
         return -(-len(self._source) // self._batch_size)
 
+    @property
+    def num_images(self) -> int:
+        """Those that cannot be read count as well."""
+        return len(self._source)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         indices = np.arange(len(self._source), dtype=np.int64)
         batches = [indices[start : start + self._batch_size] for start in range(0, len(indices), self._batch_size)]

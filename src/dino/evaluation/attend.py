@@ -4,6 +4,7 @@ Shapes: C channels, H x W pixels, h x w patches, D features.
 """
 
 import html
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ BLEND = 0.55  # of the colours that are laid over an image
 DARKENED = 0.25  # of an image outside of a mask
 NUM_LINES = 40  # correspondences that are drawn
 PICTURE_BYTES = 400_000  # of one picture on the page
+IMAGES_ON_PAGE = 30  # each with about ten pictures
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def attend_images(
     """
     channels = onlooker.trained.settings.get("channels", 3)
     paths = found_images(path)
-    named = {_name(each, path, paths): each for each in paths}
+    alike = Counter(each.with_suffix("") for each in paths)
+    named = {_name(each, path, alone=alike[each.with_suffix("")] == 1): each for each in paths}
     colours: PatchColours | None = None
     groups: dict[str, list[Path]] = {}
     first: Looked | None = None
@@ -114,7 +117,9 @@ def attend_images(
         looked = onlooker.look(decode_or_explain(each, channels, "--image"), name)
         colours = colours or PatchColours.fit(looked.patches)
         first = first or looked
-        groups[name] = write_pictures(looked, output / name, threshold, colours)
+        pictures = write_pictures(looked, output / name, threshold, colours)
+        if len(groups) < IMAGES_ON_PAGE:
+            groups[name] = pictures
     if match is not None:
         assert first is not None
         second = onlooker.look(decode_or_explain(match, channels, "--match"), match.name)
@@ -129,15 +134,16 @@ def attend_images(
         ("masks", "none" if threshold is None else f"the fewest patches with {threshold:.0%} of a head's attention"),
         ("patches", "colours are the three directions in which patches of the first image differ most"),
     ]
+    if len(paths) > IMAGES_ON_PAGE:
+        facts.append(("images", f"the first {IMAGES_ON_PAGE} of {len(paths)}; pictures of all lie beside this page"))
     page = output / "index.html"
     write_page(page, f"Attention in {path.name}", facts, groups)
     return page
 
 
-def _name(file: Path, path: Path, paths: Sequence[Path]) -> str:
+def _name(file: Path, path: Path, alone: bool) -> str:
     """Of the folder for its pictures: without the ending, unless another image has the same name without it."""
     relative = file.relative_to(path) if path.is_dir() else Path(file.name)
-    alone = sum(other.with_suffix("") == file.with_suffix("") for other in paths) == 1
     return str(relative.with_suffix("") if alone else relative.with_name(relative.name.replace(".", "_")))
 
 

@@ -1,6 +1,7 @@
 """`dino evaluate`: the evaluators that need nothing but a backbone, on any weights and any dataset."""
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dino.config import build, compose, raw_settings
 from dino.dataset import ImageDataset
 from dino.evaluation.inputs import FeatureInputs, evaluation_folder
 from dino.frozen import read_frozen
-from dino.messages import ConfigError, did_you_mean
+from dino.messages import ConfigError, did_you_mean, show
 from dino.overrides import options_of, parsed
 from dino.presets import leaves
 from dino.processes import Processes
@@ -23,6 +24,7 @@ from dino.trained import TEACHER, Trained
 from dino.training.assemble import prepare_process
 
 NEED_A_RUN = ("label_free", "pictures", "validation_loss")  # student, loss or views, which only training has
+MAX_WORD = 60  # letters of a word in the name of a folder
 READ = ("dataset", "evaluation", "trainer", "seed")  # of the overrides
 
 
@@ -59,15 +61,15 @@ def evaluate_trained(
     unknown = [name for name in names if name not in protocols()]
     if unknown or not names:
         raise ValueError(f"--protocol {','.join(names)}: use one or more of {', '.join(protocols())}")
-    config, of_images = _config(trained, run, names, overrides)
+    config, about = _config(trained, run, names, overrides)
     dataset: ImageDataset = build(config, "dataset")
     evaluators = {name: build(config, f"evaluation.{name}") for name in names}
     options, processes = build(config, "trainer"), Processes.from_environment()
     precision = prepare_process(options, processes.local_rank)
     folder = None
     if run is not None and trained.step is not None:
-        about = [trained.network] if trained.network != TEACHER else []
-        folder = evaluation_folder(run, trained.step, "_".join([*about, *of_images]))
+        of_network = [trained.network] if trained.network != TEACHER else []
+        folder = evaluation_folder(run, trained.step, "_".join([*of_network, *about]))
     inputs = FeatureInputs(
         backbone=trained.backbone.to(precision.device),
         dataset=dataset,
@@ -107,7 +109,8 @@ def _added(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 def _config(
     trained: Trained, run: Path | None, names: Sequence[str], words: Sequence[str]
 ) -> tuple[DictConfig, list[str]]:
-    """Settings of dataset, evaluators and machine, and what tells the images from the evaluation images of the run."""
+    """Settings of dataset, evaluators and machine, and the words that tell this evaluation from that of the run: other
+    images, prepared otherwise, or other settings of an evaluator."""
     overrides, problems = parsed(words)
     unread = [each for each in overrides if each.key_or_group.split(".")[0] not in READ]
     problems += [f"{each.input_line}: dino evaluate reads only {', '.join(READ)}" for each in unread]
@@ -125,6 +128,7 @@ def _config(
             config.dataset = frozen.dataset
         for name in set(names) & set(frozen.evaluation):
             config.evaluation[name] = OmegaConf.merge(config.evaluation[name], frozen.evaluation[name])
+    of_run = raw_settings(config)
     prepared = trained.preparation
     colours = {"mean": prepared.mean, "std": prepared.std}
     sizes = {"evaluation_resize": prepared.resize, "evaluation_size": prepared.size}
@@ -137,16 +141,22 @@ def _config(
     if config.dataset.channels != len(prepared.mean):
         channels = len(prepared.mean)
         raise ValueError(f"dataset.channels={config.dataset.channels}: the backbone takes images of {channels}")
-    about = [config.dataset.name] if other_dataset or any(_other_images(each.key_or_group) for each in typed) else []
-    limit = config.trainer.limit_evaluation_samples
-    if run is not None and limit != frozen.trainer.limit_evaluation_samples:
-        about.append("all" if limit is None else f"limit_{limit}")
-    return config, about
+    return config, [] if run is None else _about(leaves(of_run), leaves(raw_settings(config)), other_dataset)
 
 
-def _other_images(key: str) -> bool:
-    """Whether a setting makes it another dataset than that of training."""
-    return key.startswith("dataset.") and key.removeprefix("dataset.") not in ("num_workers", "batch_size")
+def _about(of_run: dict[str, Any], here: dict[str, Any], other_dataset: bool) -> list[str]:
+    """Words for what differs and changes results; such as the names of folders may have."""
+    changed = {key: value for key, value in here.items() if of_run.get(key) not in (value, "auto")}
+    words = [str(here["dataset.name"])] if other_dataset else []
+    for key, value in changed.items():
+        group, _, name = key.partition(".")
+        of_images = group == "dataset" and not other_dataset and name not in ("num_workers", "batch_size")
+        of_evaluator = group == "evaluation" and key.rpartition(".")[2] not in ("every_epochs", "prefix", "root")
+        if of_images or of_evaluator:
+            words.append(f"{name}={show(value)}")
+        elif key == "trainer.limit_evaluation_samples":
+            words.append("all" if value is None else f"limit={value}")
+    return [re.sub(r"[^\w=.,-]+", "", word)[:MAX_WORD] for word in words]
 
 
 def _apply(config: DictConfig, overrides: Sequence[Override]) -> None:

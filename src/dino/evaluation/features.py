@@ -4,9 +4,9 @@ Shapes: N images, C channels, D features.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,19 @@ from dino import preemption
 from dino.ranks import any_rank, gather_rows
 
 
+class Batches(Protocol):
+    """Pairs of uint8 images [n, C, H, W] and labels [n] (or None), such as `EvaluationLoader` gives."""
+
+    @property
+    def num_images(self) -> int:
+        """At most so many come."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]: ...
+
+
 def extract_features(
     model: Callable[[Tensor], Tensor],
-    loader: Iterable[tuple[Tensor, Tensor | None]],
+    loader: Batches,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     *,
@@ -34,7 +44,7 @@ def extract_features(
     Args:
         model: normalised images [n, C, H, W] -> features [n, D]. A module must be on `device`; its training mode, and
             that of each of its parts, is as before afterwards.
-        loader: pairs of uint8 images [n, C, H, W] and labels [n] (or None), such as `EvaluationLoader`.
+        loader: the images, with or without labels.
         device: where the model runs.
         autocast: makes the context of a forward pass; features are float32 whatever it computes in.
         half_precision: features are L2-normalised and kept in float16.
@@ -49,26 +59,45 @@ def extract_features(
         ValueError: for loaders without images.
         Preempted: a signal came to this rank or another.
     """
-    features: list[Tensor] = []
-    labels: list[Tensor] = []
+    kept_as = torch.float16 if half_precision else torch.float32
+    features, labels = _Rows(loader.num_images, kept_as), _Rows(loader.num_images, torch.int64)
     mode = evaluation_mode(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
     with torch.inference_mode(), mode:
         for images, batch_labels in preemption.until_requested(loader):
             views = normalized(images.to(device, non_blocking=True), mean, std)
             with autocast():
                 batch = model(views).float()
-            features.append((normalize(batch, dim=1).half() if half_precision else batch).cpu())
+            features.append(normalize(batch, dim=1) if half_precision else batch)
             if batch_labels is not None:
                 labels.append(batch_labels)
     preemption.check()
-    # Joined outside of inference mode: a probe that trains on inference tensors would be refused by autograd.
-    kept_as = torch.float16 if half_precision else torch.float32
-    rows = gather_rows(torch.cat(features) if features else torch.empty(0, dtype=kept_as))
+    rows = gather_rows(features.all())
     if len(rows) == 0:
         raise ValueError("there are no images to extract features from")
-    if not any_rank(bool(labels)):
+    if not any_rank(labels.count > 0):
         return rows, None
-    return rows, gather_rows(torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64))
+    return rows, gather_rows(labels.all())
+
+
+class _Rows:
+    """A matrix that grows by rows within memory that is asked for once: joining parts would take twice as much."""
+
+    def __init__(self, capacity: int, dtype: torch.dtype) -> None:
+        self.capacity, self.dtype, self.count = capacity, dtype, 0
+        self._rows: Tensor | None = None
+
+    def append(self, part: Tensor) -> None:
+        """Rows [n, ...], kept in the type of the matrix, on the CPU."""
+        if self._rows is None:
+            # An inference tensor would be refused by autograd, when a probe trains on it.
+            with torch.inference_mode(False):
+                self._rows = torch.empty(self.capacity, *part.shape[1:], dtype=self.dtype)
+        self._rows[self.count : self.count + len(part)] = part
+        self.count += len(part)
+
+    def all(self) -> Tensor:
+        """[N, ...]; [0] where there are none."""
+        return torch.empty(0, dtype=self.dtype) if self._rows is None else self._rows[: self.count]
 
 
 def normalized(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

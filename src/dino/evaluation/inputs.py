@@ -1,7 +1,8 @@
 """What an evaluator is given, what it is, and where it puts what is more than a number."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,15 @@ def evaluation_folder(run: Path, step: int, about: str = "") -> Path:
     return run / "evaluation" / "_".join(part for part in (f"step_{step:08d}", about) if part)
 
 
+@contextlib.contextmanager
+def left_out_on_errors(path: Path) -> Iterator[None]:
+    """Where the disk refuses, an evaluation says so and goes on without the file."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s is left out: %s", path, error.strerror or error)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FeatureInputs:
     """A backbone and the data that tell what its features are worth; evaluators leave all of it as they found it."""
@@ -42,11 +52,9 @@ class FeatureInputs:
         """Puts plain values into `<name>.json` of the folder, on rank 0; a warning where the disk refuses."""
         if self.folder is None or ranks.rank() > 0:
             return
-        try:
+        with left_out_on_errors(self.folder / f"{name}.json"):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / f"{name}.json", content)
-        except OSError as error:
-            log.warning("%s is left out: %s", self.folder / f"{name}.json", error.strerror or error)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from dino.backbone.base import check_at_least
 from dino.dataset.decode import decode_or_explain
 from dino.evaluation.attention import patch_features
 from dino.evaluation.features import evaluation_mode, normalized
-from dino.evaluation.inputs import FeatureInputs
+from dino.evaluation.inputs import FeatureInputs, left_out_on_errors
 from dino.evaluation.mask_propagation import Propagation, to_pixels
 from dino.evaluation.segmentation_scores import sequence_scores
 
@@ -112,7 +112,9 @@ class VideoSegmentationEvaluator:
         for soft in propagation(self._features(inputs, files, size), first):
             predicted.append(labels[to_pixels(soft, (height, width), patch).cpu().numpy()].astype(np.uint8))
         if inputs.folder is not None:
-            write_masks(predicted, palette, inputs.folder / "segmentation" / masks.name, truth_files)
+            folder = inputs.folder / "segmentation" / masks.name
+            with left_out_on_errors(folder):
+                write_masks(predicted, palette, folder, truth_files)
         return [{"video": masks.name, **score} for score in sequence_scores(np.stack(predicted), truth)]
 
     def _features(self, inputs: FeatureInputs, files: list[Path], size: tuple[int, int]) -> Iterator[Tensor]:

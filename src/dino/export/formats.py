@@ -1,11 +1,11 @@
 """The layouts that backbones are written in, each read back by the library that owns it.
 
-Shapes: N images, C channels, S x S pixels, D features.
+Shapes: N images, C channels, H x W pixels, D features.
 """
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dino.backbone import (
+    Backbone,
     ConvolutionalBackbone,
     TimmBackbone,
     VisionTransformer,
@@ -23,6 +24,12 @@ from dino.backbone import (
 from dino.backbone.layouts import NETWORKS, State, to_hugging_face
 from dino.backbone.weights import read_file
 from dino.trained import Trained, load_trained
+
+Size = tuple[int, int]  # H, W [pixels]
+
+
+# Features, blocks and heads of the networks in the original's vision_transformer.py.
+ORIGINAL_VITS = {(192, 12, 3): "vit_tiny", (384, 12, 6): "vit_small", (768, 12, 12): "vit_base"}
 
 
 class Unsupported(ValueError):  # noqa: N818  reads as what it is
@@ -35,28 +42,34 @@ class Format(ABC):
     name: ClassVar[str]
     library: ClassVar[str]  # the package that reads it
     needs: ClassVar[tuple[str, ...]] = ()  # packages that write it
-    one_size: ClassVar[bool] = False  # whether a file is for one image size, that its position table is made for
+    one_size: ClassVar[bool] = False  # whether a file is for one image size
+    squares: ClassVar[bool] = True  # whether that must be a square, whose position table the file holds
+
+    def check(self, trained: Trained, sizes: Sequence[Size]) -> None:
+        """Raises `Unsupported` where the format has no place for this backbone or for one of the sizes."""
+        oblong = [f"{height}x{width}" for height, width in sizes if height != width]
+        if self.one_size and self.squares and oblong:
+            raise Unsupported(f"position tables are square, so not for --size {oblong[0]}; onnx has any")
 
     @abstractmethod
-    def write(self, trained: Trained, stem: Path) -> Path:
-        """Writes the backbone of `trained`, for images of `trained.image_size`; returns the file or folder.
+    def write(self, trained: Trained, stem: Path, size: Size) -> Path:
+        """Writes the backbone of `trained`, which `check` has let pass; returns the file or folder.
 
         Args:
             stem: of the name, without an ending.
-
-        Raises:
-            Unsupported: the format has no place for this backbone.
+            size: of the images, for formats of one size.
         """
 
     @abstractmethod
     def features(self, trained: Trained, path: Path, images: Tensor) -> Tensor:
-        """[N, C, S, S], normalised, -> [N, D]: what the library makes of the file."""
+        """[N, C, H, W], normalised, -> [N, D]: what the library makes of the file."""
 
     @abstractmethod
     def usage(self, trained: Trained, path: Path) -> str:
         """How to load it, in one line of Python."""
 
     def version(self) -> str:
+        """Who has read it back."""
         return f"{self.library} {metadata.version(self.library)}"
 
 
@@ -66,7 +79,7 @@ class Safetensors(Format):
     name = "safetensors"
     library = "safetensors"
 
-    def write(self, trained: Trained, stem: Path) -> Path:
+    def write(self, trained: Trained, stem: Path, size: Size) -> Path:
         from safetensors.torch import save_file
 
         path = Path(f"{stem}.safetensors")
@@ -82,14 +95,21 @@ class Safetensors(Format):
 
 
 class Original(Format):
-    """A checkpoint as the original's training saves it: `student` and `teacher`, with heads where they are known."""
+    """A checkpoint as the original's training saves it: `student` and `teacher`, with heads where they are known.
+
+    The original is no package: what is written is read back by its names, by our loader. Its scripts build their
+    networks by name, for 224 pixels and three channels; files of other networks have its layout, for code of one's own.
+    """
 
     name = "original"
     library = "torch"
 
-    def write(self, trained: Trained, stem: Path) -> Path:
+    def check(self, trained: Trained, sizes: Sequence[Size]) -> None:
+        super().check(trained, sizes)
         if isinstance(trained.backbone, TimmBackbone):
             raise Unsupported("the original has no networks of timm")
+
+    def write(self, trained: Trained, stem: Path, size: Size) -> Path:
         both = _student_and_teacher(trained.file)
         alone = {trained.network: {f"backbone.{name}": value for name, value in _plain(trained).items()}}
         networks = alone if both is None else original_names(both)
@@ -102,7 +122,27 @@ class Original(Format):
         return features
 
     def usage(self, trained: Trained, path: Path) -> str:
-        return f"python eval_knn.py --pretrained_weights {path} --checkpoint_key {trained.network}"
+        words = original_arguments(trained.backbone, trained.settings)
+        if words is None:
+            return f'torch.load("{path}")["{trained.network}"]: the original\'s scripts build no network of this shape'
+        return f"python eval_knn.py {words} --pretrained_weights {path} --checkpoint_key {trained.network}"
+
+    def version(self) -> str:
+        return "by the original's names"
+
+
+def original_arguments(backbone: Backbone, settings: Mapping[str, Any]) -> str | None:
+    """The arguments of the original's scripts (eval_knn.py) that make them build this network; None: there are none."""
+    if settings.get("channels", 3) != 3:
+        return None
+    if isinstance(backbone, ConvolutionalBackbone):
+        imagenet = settings.get("stem", "imagenet") == "imagenet"
+        return f"--arch {settings['architecture']}" if imagenet else None
+    if not isinstance(backbone, VisionTransformer):
+        return None
+    name = ORIGINAL_VITS.get((backbone.embed_dim, backbone.depth, backbone.num_heads))
+    at_home = settings.get("image_size") == 224 and settings.get("mlp_ratio", 4.0) == 4
+    return f"--arch {name} --patch_size {backbone.patch_size}" if name and at_home else None
 
 
 def _student_and_teacher(file: Path) -> State | None:
@@ -122,8 +162,11 @@ class Timm(Format):
     library = "timm"
     one_size = True
 
-    def write(self, trained: Trained, stem: Path) -> Path:
+    def check(self, trained: Trained, sizes: Sequence[Size]) -> None:
+        super().check(trained, sizes)
         timm_arguments(trained)
+
+    def write(self, trained: Trained, stem: Path, size: Size) -> Path:
         path = Path(f"{stem}.pth")
         torch.save(_plain(trained), path)
         return path
@@ -149,7 +192,7 @@ def timm_arguments(trained: Trained) -> dict[str, Any]:
     backbone, settings = trained.backbone, trained.settings
     shape = {"num_classes": 0, "in_chans": settings.get("channels", 3)}
     if isinstance(backbone, TimmBackbone):
-        size = {"img_size": trained.image_size} if backbone.has_tokens else {}
+        size = {"img_size": trained.image_size} if backbone.takes_image_size else {}
         return {"model_name": backbone.model_name, **shape, **size}
     if isinstance(backbone, VisionTransformer):
         return {
@@ -176,12 +219,16 @@ class HuggingFace(Format):
     library = "transformers"
     one_size = True
 
-    def write(self, trained: Trained, stem: Path) -> Path:
+    def check(self, trained: Trained, sizes: Sequence[Size]) -> None:
+        super().check(trained, sizes)
+        if not isinstance(trained.backbone, VisionTransformer):
+            raise Unsupported("only ViTs are written for Hugging Face's ViTModel")
+
+    def write(self, trained: Trained, stem: Path, size: Size) -> Path:
         from safetensors.torch import save_file
 
-        backbone, size = trained.backbone, trained.image_size
-        if not isinstance(backbone, VisionTransformer):
-            raise Unsupported("only ViTs are written for Hugging Face's ViTModel")
+        backbone = trained.backbone
+        assert isinstance(backbone, VisionTransformer)
         stem.mkdir(parents=True, exist_ok=True)
         save_file(to_hugging_face(_plain(trained)), stem / "model.safetensors", metadata={"format": "pt"})
         config = {
@@ -195,17 +242,20 @@ class HuggingFace(Format):
             "hidden_dropout_prob": 0.0,
             "attention_probs_dropout_prob": 0.0,
             "layer_norm_eps": 1e-6,
-            "image_size": size,
+            "image_size": trained.image_size,
             "patch_size": backbone.patch_size,
             "num_channels": trained.settings.get("channels", 3),
             "qkv_bias": True,
         }
         prepared = trained.preparation
         processor = {
-            "image_processor_type": "ViTImageProcessor",
+            "image_processor_type": "BitImageProcessor",  # ViTImageProcessor squeezes images into squares
+            "do_convert_rgb": trained.settings.get("channels", 3) == 3,
             "do_resize": True,
-            "size": {"height": size, "width": size},
+            "size": {"shortest_edge": prepared.resize},
             "resample": 3,
+            "do_center_crop": True,
+            "crop_size": {"height": prepared.size, "width": prepared.size},
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
@@ -231,16 +281,17 @@ class HuggingFace(Format):
 
 
 class ONNX(Format):
-    """A graph from `images` [N, C, S, S] to `features` [N, D], for any N."""
+    """A graph from `images` [N, C, H, W] to `features` [N, D], for any N."""
 
     name = "onnx"
     library = "onnxruntime"
     needs = ("onnx", "onnxscript")
     one_size = True
+    squares = False
 
-    def write(self, trained: Trained, stem: Path) -> Path:
+    def write(self, trained: Trained, stem: Path, size: Size) -> Path:
         path = Path(f"{stem}.onnx")
-        images = torch.zeros(2, trained.settings.get("channels", 3), trained.image_size, trained.image_size)
+        images = torch.zeros(2, trained.settings.get("channels", 3), *size)
         program = torch.onnx.export(
             _OneBatch(trained.backbone).eval(),
             (images,),
