@@ -70,20 +70,20 @@ def train_probes(
     device = features.device if device is None else device
     generator = torch.Generator().manual_seed(seed)
     initial = torch.randn(num_classes, features.shape[1], generator=generator) * INITIAL_STD
-    weights = [initial.to(device, copy=True).requires_grad_() for _ in learning_rates]
-    biases = [torch.zeros(num_classes, device=device, requires_grad=True) for _ in learning_rates]
-    groups = [{"params": pair, "lr": lr} for *pair, lr in zip(weights, biases, learning_rates, strict=True)]
-    optimizer = torch.optim.SGD(groups, momentum=MOMENTUM)
+    rates = torch.tensor(learning_rates, device=device)
+    weight = initial.to(device).repeat(len(rates), 1, 1).requires_grad_()
+    bias = torch.zeros(len(rates), num_classes, device=device, requires_grad=True)
+    # A rate times the gradient is the rate times the step, with momentum too; so all probes are one tensor.
+    optimizer = torch.optim.SGD([weight, bias], lr=1.0, momentum=MOMENTUM)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in preemption.until_requested(range(epochs)):
         for rows in torch.split(torch.randperm(len(features), generator=generator), batch_size):
             batch, targets = features[rows].to(device, torch.float32), labels[rows].to(device)
-            logits = F.linear(batch, torch.cat(weights), torch.cat(biases)).view(len(batch), -1, num_classes)
-            # The sum over the probes: none of them is in the loss of another.
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.repeat_interleave(len(weights)), reduction="sum")
+            logits = F.linear(batch, weight.flatten(0, 1), bias.flatten()).view(-1, num_classes)  # [B * R, C]
+            losses = F.cross_entropy(logits, targets.repeat_interleave(len(rates)), reduction="none")
             optimizer.zero_grad()
-            torch.autograd.backward(loss / len(batch))
+            # The sum over the probes: none of them is in the loss of another.
+            torch.autograd.backward((losses.view(-1, len(rates)).mean(dim=0) * rates).sum())
             optimizer.step()
         schedule.step()
-    with torch.no_grad():
-        return LinearProbes(torch.stack(weights), torch.stack(biases))
+    return LinearProbes(weight.detach(), bias.detach())
