@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from command_line import finish, metrics, run, spawn, train
 from PIL import Image
+
+from dino.analysis.results import collect_results
 
 DINO = str(Path(sys.executable).with_name("dino"))
 PROBE = ["evaluation.linear.epochs=3", "evaluation.linear.num_seeds=2"]
@@ -105,6 +108,23 @@ def test_weights_at_another_size_do_not_stand_for_the_runs_own(runs: Path, tmp_p
     assert "_evaluation_size=24" in stdout.split("results: ")[1]
 
 
+def test_the_runs_own_dataset_by_name_is_no_other(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "first", tmp_path / "run", symlinks=True)
+    code, stdout, stderr = dino("evaluate", "run", "dataset=digits", cwd=tmp_path)
+    assert code == 0, stderr
+    assert stdout.rstrip().endswith("run/evaluation/step_00000012/results.json")
+
+
+def test_results_that_cannot_be_written_are_no_success(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "first", tmp_path / "run", symlinks=True)
+    shutil.rmtree(tmp_path / "run" / "evaluation")
+    (tmp_path / "run" / "evaluation").write_text("")
+    code, stdout, _ = dino("evaluate", "run", cwd=tmp_path)
+    assert code == 1
+    assert "results.json is left out: Not a directory" in stdout
+    assert "results: " not in stdout
+
+
 def test_what_cannot_be_measured_is_said(runs: Path, tmp_path: Path) -> None:
     for number in range(3):
         Image.new("L", (20, 20), 60 * number).save(tmp_path / f"{number}.png")
@@ -170,6 +190,22 @@ def test_attention_of_a_run_is_drawn(runs: Path, tmp_path: Path) -> None:
     assert stderr == "error: --image nothing.png: there is no such file or folder\n"
 
 
+def test_images_that_cannot_be_looked_at(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("L", (20, 20), 100).save(tmp_path / "photos" / "good.png")
+    (tmp_path / "photos" / "broken.png").write_text("not an image")
+    words = ["attend", str(runs / "first"), "--image"]
+    code, _, stderr = dino(*words, "photos", cwd=tmp_path)
+    assert code == 0, stderr
+    assert "broken.png cannot be read as an image (PIL does not know its format)" in stderr
+    assert (tmp_path / "attention" / "index.html").is_file()
+    assert dino(*words, "photos/broken.png", cwd=tmp_path)[0] == 2
+    Image.new("L", (30_000, 1), 100).save(tmp_path / "flat.png")
+    code, _, stderr = dino(*words, "flat.png", cwd=tmp_path)
+    assert code == 2
+    assert stderr.startswith("error: --size 32: flat has 8 x 240000 patches then, whose attention takes "), stderr
+
+
 # ---------------------------------------------------------------------- results
 
 
@@ -186,6 +222,26 @@ def test_one_table_over_all_runs(runs: Path) -> None:
     assert accuracies == sorted(accuracies, reverse=True)
     assert [float(row["val/knn_top1"]) for row in rows] == [last(runs / row["run"])["val/knn_top1"] for row in rows]
     assert "loss.teacher_temp" not in rows[0]  # they are the same there
+
+
+def test_a_narrow_terminal_shows_what_was_typed(runs: Path, tmp_path: Path) -> None:
+    for name, word in (("one", "backbone.depth=1"), ("two", "head.out_dim=128")):
+        shutil.copytree(runs / "first", tmp_path / name, symlinks=True)
+        config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        config["dataset"] |= {f"setting_{number}": name for number in range(30)}  # what follows from what was typed
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
+        (tmp_path / name / ".hydra" / "overrides.yaml").write_text(
+            yaml.safe_dump([word, "dataset.setting_7=x", "~logger"])
+        )
+    code, stdout, stderr = dino("results", ".", cwd=tmp_path, environment={"COLUMNS": "110"})
+    assert code == 0, stderr
+    assert stdout.count("finished") == 2
+    assert "columns that are left out here: " in stdout
+    shown = collect_results(tmp_path).abridged(8)
+    assert shown[:5] == ["run", "state", "step", "time_s", "dataset.setting_7"]
+    assert "val/knn_top1" in shown
+    assert not any("logger" in name for name in collect_results(tmp_path).columns)
+    assert "dataset.setting_9" in collect_results(tmp_path, sort="dataset.setting_9").abridged(8)
 
 
 def test_results_name_what_is_not_there(runs: Path, tmp_path: Path) -> None:

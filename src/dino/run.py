@@ -177,11 +177,14 @@ class Run:
         if self._file is None and self.processes.is_main:  # starting up: the step is that of the attempt before
             self._open(step=read_status(self.directory).get("step", 0))
         self.update(state="preempted", reason=str(error), exit_code=EXIT_PREEMPTED)
+        saved = any((self.directory / "checkpoints").glob("step_*.pt"))
+        next_time = "the run goes on from its newest checkpoint" if saved else "it begins anew: nothing was saved yet"
         log.info(
-            "preempted   at step %d: %s; started again in %s, the run goes on from its newest checkpoint",
+            "preempted   at step %d: %s; started again in %s, %s",
             self.status["step"],
             error,
             self.directory,
+            next_time,
         )
         preemption.hand_on()
 

@@ -16,6 +16,9 @@ from rich.text import Text
 if TYPE_CHECKING:
     from dino.trained import Trained
 
+COLUMN_WIDTH, MIN_WIDTH = 12, 8  # letters that a column of the table of runs should have, and has
+MIN_COLUMNS = 6  # of it, however narrow the terminal is
+
 Weights = Annotated[
     Path,
     typer.Argument(
@@ -71,9 +74,11 @@ def evaluate(
     for name, value in evaluation.seconds.items():
         table.add_row(f"{name}, time", f"{value:.1f} s")
     Console().print(table)
-    if evaluation.path is not None:
+    if evaluation.path is not None and not evaluation.is_lost:
         typer.echo(f"results: {evaluation.path}")
-    if not evaluation.metrics:
+    if run is None:
+        typer.echo("these weights lie in no run: the results are kept nowhere")
+    if not evaluation.metrics or evaluation.is_lost:
         raise typer.Exit(1)
 
 
@@ -174,12 +179,15 @@ def results(
 
     with _answering():
         found = collect_results(folder, metric or (), sort)
-    title = Text(f"{len(found.rows)} runs in {folder}")
-    table = Table(*(Column(Text(name), overflow="fold") for name in found.columns), title=title)
+    console, title = Console(), Text(f"{len(found.rows)} runs in {folder}")
+    columns = found.abridged(max(MIN_COLUMNS, console.width // COLUMN_WIDTH))
+    table = Table(*(Column(Text(name), overflow="fold", min_width=MIN_WIDTH) for name in columns), title=title)
     for row in found.rows:
-        values = [row.get(name) for name in found.columns]
+        values = [row.get(name) for name in columns]
         table.add_row(*(Text("" if value is None else _words(value)) for value in values))
-    Console().print(table)
+    console.print(table)
+    if left := len(found.columns) - len(columns):
+        typer.echo(f"columns that are left out here: {left}; a wider terminal shows more, --csv FILE has all of them")
     if csv is not None:
         with _answering():
             found.write_csv(csv)

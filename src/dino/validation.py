@@ -208,8 +208,8 @@ def _combinations(config: _Config) -> Iterator[str]:
     known = "backbone.weights" in values  # a backbone of somebody else's may have other ways to start
     if frozen > 0 and known and not values["backbone.weights"] and not values.get("backbone.pretrained"):
         yield (
-            f"trainer.freeze_backbone_steps={frozen}: the backbone has nothing to keep; "
-            "say what to go on from, backbone.weights=FILE or backbone.pretrained=true, or use 0"
+            f"backbone.weights=null: trainer.freeze_backbone_steps={frozen} keeps the backbone as it begins; say what "
+            "to go on from, backbone.weights=FILE or backbone.pretrained=true, or use trainer.freeze_backbone_steps=0"
         )
     steps = values.get("trainer.accumulate_steps", 1)
     if steps > 1:

@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(model: StudentTeacher, t
         message = rf"only 29 of 30 tensors fit .* missing: {name}$"
     elif damage == "add":
         state["blocks.1.ls1.gamma"] = torch.ones(16)
-        message = r"unexpected: blocks.1.ls1.gamma$"
+        message = r"all 30 tensors fit, but it has 1 more, .* unexpected: blocks.1.ls1.gamma$"
     else:
         state[name] = torch.zeros(63, 16)
         message = rf"of another shape: {name} \[63, 16\] instead of \[64, 16\]"
@@ -253,8 +253,8 @@ def test_many_names_are_counted_not_listed(tmp_path: Path) -> None:
         (b"not weights at all", "teacher", "damaged|not a readable weight file"),
         ({"student": {"module.backbone.cls_token": torch.ones(1)}}, "teacher", "there is no teacher in it"),
         ({"model": {"teacher.backbone.cls_token": torch.ones(1)}}, "student", "there is no student in it"),
-        ({"step": 3, "lr": 0.1}, "teacher", "it holds no parameters by name, but step, lr"),
-        ({}, "teacher", "it holds no parameters by name, but nothing"),
+        ({"step": 3, "lr": 0.1}, "teacher", "it holds no tensors by name, only what is called step, lr"),
+        ({}, "teacher", "it holds no tensors by name$"),
         ([torch.ones(1)], "teacher", "it holds a list, not parameters by name"),
         ({"cls_token": torch.ones(1)}, "average", "network=average: use student or teacher"),
         ({"a": Path("x")}, "teacher", "holds more than tensors and plain values"),
@@ -282,8 +282,26 @@ def test_a_missing_path_is_never_looked_for_elsewhere(monkeypatch: pytest.Monkey
         tiny(weights=place)
 
 
+def test_weights_of_another_shape_are_told_by_the_keys_that_would_fit_them(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {"image_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
+    torch.save(VisionTransformer(**shape).state_dict(), tmp_path / "weights.pt")
+    expected = r"; the file is of backbone.patch_size=8 backbone.embed_dim=64 backbone.depth=2 backbone.mlp_ratio=4.0$"
+    with pytest.raises(ValueError, match=expected):
+        load_weights(tiny(), tmp_path / "weights.pt")
+
+
+def test_a_graph_is_no_weight_file(tmp_path: Path) -> None:
+    (tmp_path / "graph.onnx").write_bytes(b"")
+    with pytest.raises(ValueError, match="a graph for inference is not read as weights"):
+        load_weights(tiny(), tmp_path / "graph.onnx")
+
+
 def test_a_folder_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"the folder has neither model.safetensors nor pytorch_model.bin"):
+    expected = r"neither a run directory \(no checkpoints\) nor one of Hugging Face \(no model.safetensors\)"
+    with pytest.raises(ValueError, match=expected):
+        load_weights(tiny(), tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="it is a run directory; name a checkpoint in it"):
         load_weights(tiny(), tmp_path)
 
 

@@ -55,6 +55,12 @@ def test_a_frozen_backbone_is_refused_for_a_number_that_is_none(tmp_path: Path) 
     assert done.stderr == "error: trainer.freeze_backbone_steps=-1: use a whole number of at least 0\n"
 
 
+def test_nothing_to_go_on_from_is_refused(tmp_path: Path) -> None:
+    done = train("experiment=continue_from_weights", f"dataset.root={tmp_path}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: backbone.weights=null: trainer.freeze_backbone_steps=500 keeps the backbone")
+
+
 def health(**settings: object) -> Health:
     watch = Health()
     watch.facts = Facts(total_steps=100, settled_step=0, settings={"optimizer.lr": 1e-3, **settings})

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dino.analysis.history import MARKS_OF_A_RUN, History
-from dino.analysis.origin import differing
+from dino.analysis.origin import PLACES, differing
 from dino.messages import did_you_mean, show
 from dino.monitor.early_stopping import higher_is_better
 
@@ -26,6 +26,7 @@ class _Run:
 
     facts: dict[str, Any]
     settings: dict[str, Any]
+    typed: dict[str, str]  # what was said at the command line
     metrics: dict[str, float | None]
     evaluated: frozenset[str]  # the metrics that `dino evaluate` found
 
@@ -35,7 +36,9 @@ class _Run:
         facts = {"state": history.state, "step": history.step, "time_s": history.train_time_s}
         logged, more = {name: history.last(name) for name in history.names}, _evaluated(history)
         name = str(directory.relative_to(folder))
-        return cls({"run": name, **facts}, history.settings, {**logged, **more}, frozenset(more))
+        words = (word.lstrip("+").partition("=") for word in history.overrides if not word.startswith("~"))
+        typed = {key: value for key, _, value in words}
+        return cls({"run": name, **facts}, history.settings, typed, {**logged, **more}, frozenset(more))
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,19 @@ class Results:
     Columns are `FACTS`, then the settings in which the runs differ, then metrics.
     """
 
-    settings: list[str]
+    settings: list[str]  # those that somebody typed for one of the runs come first
     metrics: list[str]
     rows: list[dict[str, Any]]
+    by_importance: list[str]  # all columns
 
     @property
     def columns(self) -> list[str]:
         return [*FACTS, *self.settings, *self.metrics]
+
+    def abridged(self, count: int) -> list[str]:
+        """The `count` most important columns, in their order."""
+        chosen = self.by_importance[:count]
+        return [name for name in self.columns if name in chosen]
 
     def write_csv(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,18 +90,35 @@ def collect_results(folder: Path, metrics: Sequence[str] = (), sort: str | None 
         if name not in known:
             raise ValueError(f"--metric {name}: no run has it{did_you_mean(name, sorted(known))}")
     extra = sorted({name for run in runs for name in run.evaluated} - set(METRICS))
-    shown = list(metrics) or [name for name in (*METRICS, *extra) if name in known]
-    settings = differing([run.settings for run in runs])
+    first = list(metrics) or [name for name in METRICS if name in known]
+    shown = first if metrics else [*first, *extra]
+    settings = _settings(runs)
     rows = []
     for place, run in enumerate(runs):
         own = {key: column[place] for key, column in settings.items()}
         rows.append({**run.facts, **own, **{name: run.metrics.get(name) for name in shown}})
-    results = Results(list(settings), shown, rows)
+    order = dict.fromkeys(
+        [*FACTS, *([sort] if sort else []), *first[:2], *list(settings)[:2], *first, *settings, *shown]
+    )
+    results = Results(list(settings), shown, rows, list(order))
     if sort is not None:
         if sort not in results.columns:
             raise ValueError(f"--sort {sort}: there is no such column{did_you_mean(sort, results.columns)}")
         _sort(rows, sort)
     return results
+
+
+def _settings(runs: Sequence[_Run]) -> dict[str, list[object]]:
+    """Settings, and choices of groups, in which runs differ: a value for each run. What was typed comes first."""
+    columns = differing([run.settings for run in runs])
+    typed: dict[str, list[object]] = {}
+    for key in dict.fromkeys(key for run in runs for key in run.typed if key not in PLACES):
+        chosen: list[object] = [run.typed.get(key) for run in runs]
+        if key in columns:
+            typed[key] = columns.pop(key)
+        elif len(set(chosen)) > 1 and not any(key in run.settings for run in runs):
+            typed[key] = chosen
+    return typed | columns
 
 
 def found_runs(folder: Path) -> list[Path]:

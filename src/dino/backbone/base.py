@@ -17,6 +17,7 @@ class Backbone(nn.Module, ABC):
     embed_dim: int  # D
     patch_size: int = 1  # both sides of an image must be multiples of it [pixels]
     depth: int = 0  # blocks, of a ViT
+    num_heads: int = 0  # attention heads of a block, of a ViT
 
     @property
     def has_tokens(self) -> bool:

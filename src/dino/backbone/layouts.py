@@ -71,7 +71,8 @@ def find_backbone(content: object, network: str) -> Found:
         raise ValueError(f"there is no {network} in it, only the other network")
     state = {_unwrap(name): value for name, value in dict(chosen or {}).items() if isinstance(value, Tensor)}
     if not state:
-        raise ValueError(f"it holds no parameters by name, but {', '.join(map(str, list(content)[:5])) or 'nothing'}")
+        some = ", ".join(map(str, list(content)[:5]))
+        raise ValueError(f"it holds no tensors by name{f', only what is called {some}' if some else ''}")
 
     ignored: list[str] = []
     if any(name.startswith("backbone.") for name in state):

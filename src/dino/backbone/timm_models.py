@@ -61,7 +61,9 @@ class TimmBackbone(OneSizeBackbone):
         if self.has_tokens and patch_size not in (1, patch):
             raise ValueError(f"backbone.patch_size={patch_size}: {model_name} has patches of {patch}; set that")
         self.patch_size = max(patch, patch_size)
-        self.depth = len(list(self.network.blocks.children())) if self.has_tokens else 0  # type: ignore[union-attr]
+        if self.has_tokens:
+            blocks: Any = self.network.blocks
+            self.depth, self.num_heads = len(blocks), int(blocks[-1].attn.num_heads)
         self.check_image_size(image_size)
         load_initial_weights(self, weights, None)
         self.to(memory_format=torch.channels_last)  # the faster one of convolutions, on CPUs and tensor cores

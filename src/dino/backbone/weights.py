@@ -17,6 +17,7 @@ from torch import Tensor
 from dino.backbone.base import Backbone
 from dino.backbone.layouts import TOPS, Found, State, find_backbone
 from dino.backbone.positions import grid_side, resize_positions
+from dino.backbone.recognise import recognise
 
 log = logging.getLogger("dino")
 
@@ -98,12 +99,18 @@ def read_file(path: Path) -> object:
         ValueError: if it is missing, no weight file, or would need code of its own to be read.
     """
     if path.is_dir():
+        if (path / "checkpoints").is_dir():
+            raise ValueError("it is a run directory; name a checkpoint in it, such as checkpoints/last.pt")
         inside = [path / name for name in FOLDER_FILES if (path / name).is_file()]
         if not inside:
-            raise ValueError(f"the folder has neither {' nor '.join(FOLDER_FILES)}")
+            raise ValueError(
+                f"the folder is neither a run directory (no checkpoints) nor one of Hugging Face (no {FOLDER_FILES[0]})"
+            )
         path = inside[0]
     if not path.is_file():
         raise ValueError("there is no such file (weights are read from local files only)")
+    if path.suffix == ".onnx":
+        raise ValueError("a graph for inference is not read as weights; use the file that it was made of")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -141,7 +148,11 @@ def load_found(backbone: Backbone, found: Found, source: str) -> LoadReport:
     if any(problems.values()):
         fitting = len(wanted) - len(missing) - len(misshapen)
         details = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"{source}: only {fitting} of {len(wanted)} tensors fit ({found.layout}); {details}")
+        only = f"only {fitting} of {len(wanted)} tensors fit"
+        if fitting == len(wanted):
+            only = f"all {fitting} tensors fit, but it has {len(unexpected)} more, so it is of another network"
+        hint = _shape_in_words(found.state, type(backbone)) if misshapen else ""
+        raise ValueError(f"{source}: {only} ({found.layout}); {details}{hint}")
     target.load_state_dict(state)
     return LoadReport(source, found.layout, len(state), len(wanted), (*found.ignored, *ignored), tuple(notices))
 
@@ -184,6 +195,19 @@ def adapt_channels(weight: Tensor, channels: int) -> Tensor:
         return weight.sum(dim=1, keepdim=True)
     source = torch.arange(channels, device=weight.device) % weight.shape[1]
     return weight[:, source] * (weight.shape[1] / channels)
+
+
+def _shape_in_words(state: State, kind: type[Backbone]) -> str:
+    """What would fit, where that can be told; not the number of heads, which no tensor tells."""
+    try:
+        settings = recognise(state)
+    except ValueError:
+        return ""
+    if not settings["_target_"].endswith(f".{kind.__name__}"):
+        return ""
+    shape = ("architecture", "stem", "patch_size", "embed_dim", "depth", "mlp_ratio")
+    told = " ".join(f"backbone.{name}={settings[name]}" for name in shape if name in settings)
+    return f"; the file is of {told}"
 
 
 def _some(names: list[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 ARRAY_SUFFIX = ".npy"
@@ -59,7 +59,9 @@ def decode_or_explain(path: Path, channels: int, key: str) -> Tensor:
     try:
         return decode(path, channels)
     except Exception as error:  # decoders have many kinds
-        raise ValueError(f"{key}: {path} cannot be read as an image ({error})") from error
+        unknown = isinstance(error, UnidentifiedImageError)  # whose own words name an object in memory
+        reason = "PIL does not know its format" if unknown else error
+        raise ValueError(f"{key}: {path} cannot be read as an image ({reason})") from error
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -4,6 +4,7 @@ Shapes: C channels, H x W pixels, h x w patches, D features.
 """
 
 import html
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
 from dino.analysis.images import embedded
+from dino.checkpoint_files import human_size
 from dino.contact_sheet import pictures_of
 from dino.dataset.decode import convert_channels, decode_or_explain
 from dino.dataset.listing import find_images
@@ -25,6 +28,8 @@ from dino.evaluation.features import normalized
 from dino.heat import heat
 from dino.pages import document, section, table
 from dino.trained import Trained
+
+log = logging.getLogger("dino")
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"}
 BLEND = 0.55  # of the colours that are laid over an image
@@ -60,6 +65,8 @@ class Onlooker:
         patch = self.trained.backbone.patch_size
         if self.size < patch:
             raise ValueError(f"--size {self.size}: use at least one patch of {patch} pixels")
+        if not self.trained.backbone.has_tokens:
+            raise ValueError(f"{type(self.trained.backbone).__name__} has no attention: use a ViT")
         self.trained.backbone.to(self.device)
 
     def look(self, image: Tensor, name: str) -> Looked:
@@ -69,6 +76,7 @@ class Onlooker:
         height, width = image.shape[-2:]
         scale = self.size / min(height, width)
         size = [max(patch, round(side * scale)) for side in (height, width)]
+        self._refuse_what_is_too_large(name, size[0] // patch, size[1] // patch)
         image = F.interpolate(image[None], size, mode="bicubic", antialias=True, align_corners=False)[0]
         image = image[:, : size[0] // patch * patch, : size[1] // patch * patch].contiguous()
         prepared = self.trained.preparation
@@ -77,6 +85,19 @@ class Onlooker:
             attention = class_attention(self.trained.backbone, views)[0].float().cpu()
             patches = patch_features(self.trained.backbone, views)[0].float().cpu()
         return Looked(name, image, attention, patches)
+
+    def _refuse_what_is_too_large(self, name: str, rows: int, columns: int) -> None:
+        """Attention is a square matrix of the patches for each head; float32, before and after softmax."""
+        needed = 2 * 4 * self.trained.backbone.num_heads * (rows * columns + 1) ** 2
+        free = psutil.virtual_memory().available
+        if self.device.type == "cuda":
+            kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            free = torch.cuda.mem_get_info(self.device)[0] + kept
+        if needed > free:
+            raise ValueError(
+                f"--size {self.size}: {name} has {rows} x {columns} patches then, whose attention takes "
+                f"{human_size(needed)} of memory ({human_size(free)} are free); use a smaller --size"
+            )
 
 
 def found_images(path: Path) -> list[Path]:
@@ -114,14 +135,21 @@ def attend_images(
     groups: dict[str, list[Path]] = {}
     first: Looked | None = None
     for name, each in named.items():
-        looked = onlooker.look(decode_or_explain(each, channels, "--image"), name)
+        try:
+            looked = onlooker.look(decode_or_explain(each, channels, "--image"), name)
+        except ValueError as error:
+            if path.is_file():
+                raise
+            log.warning("left out: %s", error)
+            continue
         colours = colours or PatchColours.fit(looked.patches)
         first = first or looked
         pictures = write_pictures(looked, output / name, threshold, colours)
         if len(groups) < IMAGES_ON_PAGE:
             groups[name] = pictures
+    if first is None:
+        raise ValueError(f"--image {path}: none of its {len(paths)} images can be looked at")
     if match is not None:
-        assert first is not None
         second = onlooker.look(decode_or_explain(match, channels, "--match"), match.name)
         joined = output / "correspondence.png"
         count = write_correspondence(first, second, joined)

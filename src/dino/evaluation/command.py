@@ -24,6 +24,8 @@ from dino.trained import TEACHER, Trained
 from dino.training.assemble import prepare_process
 
 NEED_A_RUN = ("label_free", "pictures", "validation_loss")  # student, loss or views, which only training has
+OWN_IMAGES = ("retrieval", "copy_detection", "video_segmentation")  # they have a root of their own
+NOT_OF_IMAGES = ("num_workers", "batch_size", "download", "max_bad_fraction", "global_size", "local_size")
 MAX_WORD = 60  # letters of a word in the name of a folder
 READ = ("dataset", "evaluation", "trainer", "seed")  # of the overrides
 
@@ -37,6 +39,7 @@ class Evaluation:
     seconds: dict[str, float]  # of each protocol
     path: Path | None  # of the file with all of it
     is_main: bool  # whether this is the rank that prints
+    is_lost: bool  # whether the disk refused the file
 
 
 def protocols() -> list[str]:
@@ -86,13 +89,13 @@ def evaluate_trained(
             started = time.perf_counter()
             metrics |= evaluator.evaluate(inputs)
             seconds[name] = time.perf_counter() - started
-    path = None if folder is None else folder / "results.json"
+    path, is_lost = None if folder is None else folder / "results.json", False
     if processes.is_main and path is not None:
         content: dict[str, Any] = {"weights": trained.report.source, "network": trained.network, "step": trained.step}
         content |= {"dataset": dataset.name, "root": config.dataset.get("root"), "metrics": metrics, "seconds": seconds}
         content["settings"] = OmegaConf.to_container(config.evaluation, resolve=True)
-        inputs.write("results", _added(path, content))
-    return Evaluation(dataset.name, metrics, seconds, path, processes.is_main)
+        is_lost = not inputs.write("results", _added(path, content))
+    return Evaluation(dataset.name, metrics, seconds, path, processes.is_main, is_lost)
 
 
 def _added(path: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +121,14 @@ def _config(
         raise ConfigError(problems)
     groups = [each.input_line or "" for each in overrides if "." not in each.key_or_group]
     other_dataset = any(each.key_or_group == "dataset" for each in overrides)
-    if run is None and not other_dataset:  # it is opened by the evaluators that need one
+    if run is None and not other_dataset:
+        rooted = any(each.key_or_group == "dataset.root" for each in overrides)
+        needy = [name for name in names if name not in OWN_IMAGES]
+        if needy and not rooted:
+            raise ValueError(
+                f"--protocol {needy[0]}: these weights lie in no run, so say on which images: "
+                "dataset=NAME, or dataset.root=PATH for a folder"
+            )
         groups.append("dataset=folder")
     config = compose([*groups, f"evaluation=[{','.join(names)}]"])
     if run is not None:
@@ -128,7 +138,10 @@ def _config(
             config.dataset = frozen.dataset
         for name in set(names) & set(frozen.evaluation):
             config.evaluation[name] = OmegaConf.merge(config.evaluation[name], frozen.evaluation[name])
-    of_run = raw_settings(config)
+    of_run = leaves(raw_settings(config))
+    if run is not None:
+        of_run = {key: value for key, value in of_run.items() if not key.startswith("dataset.")}
+        of_run |= {f"dataset.{key}": value for key, value in leaves(raw_settings(frozen.dataset)).items()}
     prepared = trained.preparation
     colours = {"mean": prepared.mean, "std": prepared.std}
     sizes = {"evaluation_resize": prepared.resize, "evaluation_size": prepared.size}
@@ -141,16 +154,17 @@ def _config(
     if config.dataset.channels != len(prepared.mean):
         channels = len(prepared.mean)
         raise ValueError(f"dataset.channels={config.dataset.channels}: the backbone takes images of {channels}")
-    return config, [] if run is None else _about(leaves(of_run), leaves(raw_settings(config)), other_dataset)
+    return config, [] if run is None else _about(of_run, leaves(raw_settings(config)))
 
 
-def _about(of_run: dict[str, Any], here: dict[str, Any], other_dataset: bool) -> list[str]:
+def _about(of_run: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """Words for what differs and changes results; such as the names of folders may have."""
     changed = {key: value for key, value in here.items() if of_run.get(key) not in (value, "auto")}
+    other_dataset = bool(changed.keys() & {"dataset._target_", "dataset.name", "dataset.root"})
     words = [str(here["dataset.name"])] if other_dataset else []
     for key, value in changed.items():
         group, _, name = key.partition(".")
-        of_images = group == "dataset" and not other_dataset and name not in ("num_workers", "batch_size")
+        of_images = group == "dataset" and not other_dataset and name not in NOT_OF_IMAGES
         of_evaluator = group == "evaluation" and key.rpartition(".")[2] not in ("every_epochs", "prefix", "root")
         if of_images or of_evaluator:
             words.append(f"{name}={show(value)}")

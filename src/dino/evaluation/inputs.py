@@ -48,13 +48,15 @@ class FeatureInputs:
     untrained: bool  # True at step 0
     folder: Path | None  # for what is more than a number; None: such is not kept
 
-    def write(self, name: str, content: dict[str, Any]) -> None:
-        """Puts plain values into `<name>.json` of the folder, on rank 0; a warning where the disk refuses."""
+    def write(self, name: str, content: dict[str, Any]) -> bool:
+        """Puts plain values into `<name>.json` of the folder, on rank 0; a warning and False where the disk refuses."""
         if self.folder is None or ranks.rank() > 0:
-            return
+            return True
         with left_out_on_errors(self.folder / f"{name}.json"):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / f"{name}.json", content)
+            return True
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

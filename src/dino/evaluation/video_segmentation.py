@@ -3,6 +3,7 @@
 Shapes: T frames, M labels (background first), H x W pixels, h x w patches, D features.
 """
 
+import logging
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from dino.evaluation.features import evaluation_mode, normalized
 from dino.evaluation.inputs import FeatureInputs, left_out_on_errors
 from dino.evaluation.mask_propagation import Propagation, to_pixels
 from dino.evaluation.segmentation_scores import sequence_scores
+
+log = logging.getLogger("dino")
 
 NAME = "evaluation.video_segmentation"
 LONG_SIDE_MULTIPLE = 64  # the long side is rounded down to it, as in the original [pixels]
@@ -96,6 +99,7 @@ class VideoSegmentationEvaluator:
         truth_files = sorted(masks.glob("*.png"))[: self.max_frames]
         files = [frames / f"{file.stem}.jpg" for file in truth_files]
         truth, palette = read_masks(truth_files)
+        log.info("video segmentation: %s, %d frames", masks.name, len(truth))
         height, width = truth.shape[1:]
         patch = inputs.backbone.patch_size
         size = self._size(height, width, patch)

@@ -269,15 +269,15 @@ class HuggingFace(Format):
     def features(self, trained: Trained, path: Path, images: Tensor) -> Tensor:
         from transformers import AutoModel, logging
 
-        # ViTModel has a pooler, which no DINO has; it says so at length.
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        network = AutoModel.from_pretrained(path, local_files_only=True).eval()
+        network = AutoModel.from_pretrained(path, add_pooling_layer=False, local_files_only=True).eval()
         features: Tensor = network(pixel_values=images).last_hidden_state[:, 0]
         return features
 
     def usage(self, trained: Trained, path: Path) -> str:
-        return f'transformers.AutoModel.from_pretrained("{path}")'
+        network = f'transformers.AutoModel.from_pretrained("{path}", add_pooling_layer=False)'  # no DINO has a pooler
+        return f"{network}(images).last_hidden_state[:, 0]"
 
 
 class ONNX(Format):
