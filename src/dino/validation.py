@@ -204,13 +204,6 @@ def _combinations(config: _Config) -> Iterator[str]:
         yield f"trainer.precision={precision}: for GPUs only; with trainer.device=cpu use bf16, fp32 or auto"
     if values.get("trainer.parallel") == "fsdp":
         yield from _sharded(values)
-    frozen = values.get("trainer.freeze_backbone_steps") or 0
-    known = "backbone.weights" in values  # a backbone of somebody else's may have other ways to start
-    if frozen > 0 and known and not values["backbone.weights"] and not values.get("backbone.pretrained"):
-        yield (
-            f"backbone.weights=null: trainer.freeze_backbone_steps={frozen} keeps the backbone as it begins; say what "
-            "to go on from, backbone.weights=FILE or backbone.pretrained=true, or use trainer.freeze_backbone_steps=0"
-        )
     steps = values.get("trainer.accumulate_steps", 1)
     if steps > 1:
         instead = f"use trainer.accumulate_steps=1 and dataset.batch_size={values.get('dataset.batch_size', 1) * steps}"
@@ -257,6 +250,13 @@ def _paths(values: Mapping[str, Any]) -> Iterator[str]:
     weights = values.get("backbone.weights")
     if weights is not None and not Path(weights).expanduser().exists():
         yield f"backbone.weights={weights}: there is no such file"
+    frozen = values.get("trainer.freeze_backbone_steps") or 0
+    # Not where there is no such key: a backbone of somebody else's may have other ways to start.
+    if frozen > 0 and "backbone.weights" in values and weights is None and not values.get("backbone.pretrained"):
+        yield (
+            f"backbone.weights=null: trainer.freeze_backbone_steps={frozen} keeps the backbone as it begins; say what "
+            "to go on from, backbone.weights=FILE or backbone.pretrained=true, or use trainer.freeze_backbone_steps=0"
+        )
 
 
 def _warnings(values: Mapping[str, Any]) -> Iterator[str]:
