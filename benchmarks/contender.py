@@ -11,7 +11,6 @@ import gc
 import importlib
 import json
 import os
-import re
 import sys
 import time
 import traceback
@@ -25,7 +24,7 @@ import torch
 from benchmarks.harness import Unavailable
 from dino import ranks
 from dino.processes import Processes
-from dino.runtime import choose_device
+from dino.runtime import choose_device, peak_memory_gib
 
 MIB = 2**20
 
@@ -94,7 +93,7 @@ class Process:
     def memory(self) -> dict[str, Any]:
         """[MiB] `process`: the most that the process (on CUDA: its tensors) ever had; `extra`: of that, what the work
         took beyond its prepared inputs; `resident`: what it has now; `total`: of the device."""
-        peak, on_cuda = _peak_mib(self.device), self.device.type == "cuda"
+        peak, on_cuda = peak_memory_gib(self.device) * 1024, self.device.type == "cuda"
         return {
             "process": peak,
             "extra": peak - self.prepared_mib,
@@ -122,11 +121,7 @@ class Process:
     def _now_mib(self) -> float:
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device) / MIB
-        return _status_mib("VmRSS")
-
-
-def _peak_mib(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) / MIB if device.type == "cuda" else _status_mib("VmHWM")
+        return psutil.Process().memory_info().rss / MIB
 
 
 def _reset_peak(device: torch.device) -> None:
@@ -135,13 +130,6 @@ def _reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def _status_mib(name: str) -> float:
-    """A line of /proc/self/status."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1024
 
 
 def main() -> None:

@@ -8,13 +8,11 @@ import pytest
 
 BANK, FEATURES, QUERIES = 1_280_000, 384, 1_000
 PROGRAM = f"""
-import json, resource, torch
+import functools, json, torch
 from dino.evaluation import extract_features, knn_classify
+from dino.runtime import peak_memory_gib
 
 CENTERS = torch.randn(1000, {FEATURES}, generator=torch.Generator().manual_seed(0))
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 class Simulated:
     num_images = {BANK}
@@ -27,6 +25,7 @@ def backbone(images):
     return CENTERS[(images.flatten() * 255).round().long()] + torch.randn(len(images), {FEATURES})
 
 cpu = torch.device("cpu")
+peak = functools.partial(peak_memory_gib, cpu)
 query_labels = torch.arange({QUERIES}) % 1000
 queries = CENTERS[query_labels] + torch.randn({QUERIES}, {FEATURES})
 before = peak()
