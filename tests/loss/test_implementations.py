@@ -118,7 +118,8 @@ def test_fp16_loses_no_prototype_that_plain_trains(implementation: Implementatio
     assert share_without(implementation) < share_without("plain") + 0.1
 
 
-def test_from_logits_every_implementation_is_one() -> None:
+@pytest.mark.parametrize("loss_scale", [1.0, 2.5])  # the first is the gradient that fused makes ahead
+def test_from_logits_every_implementation_is_one(loss_scale: float) -> None:
     """Also under Sinkhorn-Knopp, whose targets cannot be made slice by slice."""
     torch.manual_seed(0)
     student, teacher = torch.randn(12, 40, dtype=torch.float64), torch.randn(6, 40, dtype=torch.float64)
@@ -127,7 +128,7 @@ def test_from_logits_every_implementation_is_one() -> None:
         for implementation in ("plain", "fused", "auto"):
             logits = student.clone().requires_grad_()
             terms = DINOLoss(centering, implementation=implementation).double()(logits, teacher, 2, 0.07)
-            terms.total.backward()
+            (loss_scale * terms.total).backward()
             assert torch.equal(logits, student), "the caller's logits stay as they are"
             assert logits.grad is not None
             results.append((terms.total.detach(), logits.grad))

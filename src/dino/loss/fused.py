@@ -44,8 +44,12 @@ class _OfLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, num_global_views: int, temp: float) -> Tensor:
         gradient = torch.empty_like(logits) if logits.requires_grad else None
-        losses = _visit(logits, targets, num_global_views, temp, gradient)
-        ctx.temp = temp
+        batch = len(targets) // num_global_views
+        num_pairs = num_global_views * (len(logits) // batch - 1)
+        ctx.temp, ctx.scale = temp, stored_scale(logits.dtype)
+        if ctx.scale == 1:  # what is kept is already the gradient that the mean of all pairs asks for
+            ctx.scale = -1 / (num_pairs * batch * temp)
+        losses = _visit(logits, targets, num_global_views, temp, gradient, ctx.scale)
         ctx.save_for_backward(gradient)
         return losses
 
@@ -53,7 +57,10 @@ class _OfLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (of_logits,) = ctx.saved_tensors
-        return of_logits.mul_(row_factors(gradient / ctx.temp, of_logits)), None, None, None
+        factors = row_factors(gradient / ctx.temp, of_logits, ctx.scale)
+        # One more visit of all logits. On a GPU asking costs more: the host would wait for the answer.
+        is_finished = factors.device.type == "cpu" and (factors - 1).abs().max() < 4 * torch.finfo(factors.dtype).eps
+        return of_logits if is_finished else of_logits.mul_(factors), None, None, None
 
 
 class _OfProjection(torch.autograd.Function):
@@ -65,8 +72,9 @@ class _OfProjection(torch.autograd.Function):
         prototypes = scaled_prototypes(directions, gains[:, 0] / (lengths * temp), rows.dtype)
         with no_autocast(rows):
             logits = rows @ prototypes.T  # divided by the temperature
-        losses = _visit(logits, targets, num_global_views, 1.0, logits if any(ctx.needs_input_grad) else None)
-        ctx.temp = temp
+        place = logits if any(ctx.needs_input_grad) else None
+        ctx.temp, ctx.scale = temp, stored_scale(rows.dtype)
+        losses = _visit(logits, targets, num_global_views, 1.0, place, ctx.scale)
         ctx.save_for_backward(rows, directions, gains, lengths, prototypes, logits)
         return losses
 
@@ -74,7 +82,7 @@ class _OfProjection(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, directions, gains, lengths, prototypes, of_logits = ctx.saved_tensors
-        factors = row_factors(gradient, rows)
+        factors = row_factors(gradient, rows, ctx.scale)
         found = DirectionGradients(directions, gains, lengths, ctx.needs_input_grad[1:3])
         weighted = (rows * (factors / ctx.temp)).to(rows.dtype)
         for part in slices(len(directions)):
@@ -83,7 +91,9 @@ class _OfProjection(torch.autograd.Function):
         return of_rows, found.of_directions, found.of_gains, None, None, None
 
 
-def _visit(logits: Tensor, targets: Tensor, num_global_views: int, temp: float, gradient: Tensor | None) -> Tensor:
+def _visit(
+    logits: Tensor, targets: Tensor, num_global_views: int, temp: float, gradient: Tensor | None, scale: float
+) -> Tensor:
     """The losses [V] of logits [N, K]; puts `put_raw_gradient` into `gradient`, which may be the logits themselves."""
     teacher = targets.view(num_global_views, -1, targets.shape[-1])
     student = logits.view(-1, *teacher.shape[1:])
@@ -99,7 +109,7 @@ def _visit(logits: Tensor, targets: Tensor, num_global_views: int, temp: float, 
         products = torch.bmm(p.transpose(0, 1), scores.permute(1, 2, 0).to(p))  # [c, G, V]
         sums += (p.sum(dim=-1).T[..., None] * lse.T[:, None] - products).sum(dim=0)
         if gradient is not None:
-            put_raw_gradient(q, p, gradient.view(student.shape)[:, part])
+            put_raw_gradient(q, p, gradient.view(student.shape)[:, part], scale)
     sums.diagonal().zero_()  # the same view of the same image
     return (sums.sum(dim=0) / batch).to(targets)
 
@@ -111,13 +121,13 @@ def softmax_and_log_sum_exp(scores: Tensor) -> tuple[Tensor, Tensor]:
     return q, scores.amax(dim=-1) - q.amax(dim=-1).log()
 
 
-def put_raw_gradient(q: Tensor, p: Tensor, place: Tensor) -> None:
+def put_raw_gradient(q: Tensor, p: Tensor, place: Tensor, scale: float) -> None:
     """Student [V, c, k] and teacher [G, c, k] probabilities to minus the gradient of a view's cross-entropies by its
-    scores (logits / temperature), before the mean over images, times `_stored_scale`: in `place`, like `q`.
+    scores (logits / temperature), before the mean over images, times `scale`: in `place`, like `q`.
 
     That is the sum of the view's G or G - 1 teacher views minus as many q.
     """
-    num_global_views, scale = len(p), _stored_scale(place.dtype)
+    num_global_views = len(p)
     p = p if scale == 1 else p * scale
     total = p.sum(dim=0)
     torch.sub(total, q[num_global_views:], alpha=num_global_views * scale, out=place[num_global_views:])
@@ -126,15 +136,15 @@ def put_raw_gradient(q: Tensor, p: Tensor, place: Tensor) -> None:
         torch.sub(others, view, alpha=(num_global_views - 1) * scale, out=place[j])
 
 
-def row_factors(gradient: Tensor, rows: Tensor) -> Tensor:
-    """What the raw gradient, stored in the type of the N rows, is multiplied with: [N, 1] from the gradient [V] of the
-    losses, in float32 at least."""
+def row_factors(gradient: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """What the raw gradient of the N rows, stored times `scale`, is multiplied with: [N, 1], from the gradient [V] of
+    the losses, in float32 at least."""
     batch = len(rows) // len(gradient)
-    factors = (gradient / (-batch * _stored_scale(rows.dtype))).repeat_interleave(batch, output_size=len(rows))
+    factors = (gradient / (-batch * scale)).repeat_interleave(batch, output_size=len(rows))
     return factors[:, None].to(at_least_float32(rows[:0]).dtype)
 
 
-def _stored_scale(dtype: torch.dtype) -> float:
+def stored_scale(dtype: torch.dtype) -> float:
     """fp16 knows no 1e-8, which is what many prototypes ask of a row: loss scaling comes too late for what is kept from
     the forward pass. A row's gradient, at most twice its largest score, stays far below the largest number."""
     return 2.0**8 if dtype == torch.float16 else 1.0

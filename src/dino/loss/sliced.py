@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dino.loss.fused import put_raw_gradient, row_factors, softmax_and_log_sum_exp
+from dino.loss.fused import put_raw_gradient, row_factors, softmax_and_log_sum_exp, stored_scale
 from dino.loss.precision import at_least_float32
 from dino.model.projection import DirectionGradients, Projection, scaled_prototypes, slices
 
@@ -98,7 +98,8 @@ class _SlicedCrossEntropies(torch.autograd.Function):
         rows, directions, gains, lengths, *of_teacher, center, student_lse, teacher_lse = ctx.saved_tensors
         teacher_rows, teacher_directions, teacher_scales = of_teacher
         settings: SlicedSettings = ctx.settings
-        factors = row_factors(gradient, rows)
+        scale = stored_scale(rows.dtype)
+        factors = row_factors(gradient, rows, scale)
         weighted = (rows * (factors / settings.student_temp)).to(rows.dtype)
         scales = gains[:, 0] / (lengths * settings.student_temp)
         found = DirectionGradients(directions, gains, lengths, ctx.needs_input_grad[1:3])
@@ -109,7 +110,7 @@ class _SlicedCrossEntropies(torch.autograd.Function):
             prototypes = scaled_prototypes(directions[part], scales[part], rows.dtype)
             s = at_least_float32(rows @ prototypes.T).view(*student_lse.shape, -1)
             raw = torch.empty(len(rows), p.shape[-1], dtype=rows.dtype, device=rows.device)
-            put_raw_gradient(s.sub_(student_lse[..., None]).exp_(), p, raw.view(s.shape))
+            put_raw_gradient(s.sub_(student_lse[..., None]).exp_(), p, raw.view(s.shape), scale)
             found.put(part, raw, weighted)
             of_rows += raw @ prototypes
         of_rows = of_rows.mul_(factors).to(rows.dtype)
