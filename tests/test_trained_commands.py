@@ -299,6 +299,23 @@ def test_the_doctor_says_what_is_wrong_and_how_to_mend_it(bare_machine: dict[str
     assert os.listdir(tmp_path) == []  # it leaves nothing behind
 
 
+@pytest.mark.skipif(
+    not shutil.which("sinfo") or Path("/etc/slurm/slurm.conf").exists(),
+    reason="needs Slurm's commands without a cluster",
+)
+def test_slurm_commands_without_a_cluster_are_nothing_wrong(bare_machine: dict[str, str], tmp_path: Path) -> None:
+    links = [Path(bare_machine["PATH"]) / name for name in ("sbatch", "sinfo")]
+    for link in links:
+        link.symlink_to(str(shutil.which(link.name)))
+    try:
+        code, stdout, stderr = dino("doctor", cwd=tmp_path, environment={**bare_machine, "SLURM_CONF": ""})
+    finally:
+        for link in links:
+            link.unlink()
+    assert code == 0, stdout + stderr
+    assert "no cluster is configured" in stdout
+
+
 def test_what_breaks_the_doctor_is_a_finding(bare_machine: dict[str, str], tmp_path: Path) -> None:
     sbatch = Path(bare_machine["PATH"]) / "sbatch"  # without sinfo beside it
     sbatch.write_text("#!/bin/sh\n")

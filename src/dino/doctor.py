@@ -161,6 +161,10 @@ def _slurm(_: DictConfig) -> Iterator[Finding]:
     except subprocess.TimeoutExpired:
         yield Finding("wrong", "Slurm", f"sinfo gave no answer in {COMMAND_TIMEOUT_S} s", "the controller may be down")
         return
+    if "configuration source" in done.stderr:  # of no slurm.conf and no controller that would send one
+        advice = "sweeps run on this machine: cluster=local; on a cluster set SLURM_CONF"
+        yield Finding("note", "Slurm", "sbatch is here, but no cluster is configured", advice)
+        return
     if done.returncode:
         yield Finding("wrong", "Slurm", done.stderr.strip() or "sinfo failed", "check SLURM_CONF and the controller")
         return
