@@ -303,12 +303,15 @@ def test_the_doctor_says_what_is_wrong_and_how_to_mend_it(bare_machine: dict[str
     not shutil.which("sinfo") or Path("/etc/slurm/slurm.conf").exists(),
     reason="needs Slurm's commands without a cluster",
 )
-def test_slurm_commands_without_a_cluster_are_nothing_wrong(bare_machine: dict[str, str], tmp_path: Path) -> None:
+def test_slurm_commands_without_a_cluster_are_nothing_wrong(
+    bare_machine: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_CONF", raising=False)  # of the cluster that other tests start
     links = [Path(bare_machine["PATH"]) / name for name in ("sbatch", "sinfo")]
     for link in links:
         link.symlink_to(str(shutil.which(link.name)))
     try:
-        code, stdout, stderr = dino("doctor", cwd=tmp_path, environment={**bare_machine, "SLURM_CONF": ""})
+        code, stdout, stderr = dino("doctor", cwd=tmp_path, environment=bare_machine)
     finally:
         for link in links:
             link.unlink()
