@@ -98,10 +98,12 @@ def closing_words(trainer: Trainer, summary: dict[str, Any], lines: list[dict[st
     if speed is not None:
         memory = metrics["perf/peak_memory_gib"]["max"]
         words.append(f"speed       {speed['mean']:.1f} images/s, peak memory {memory:.2f} GiB")
+    start = "the loaded weights" if began_with_weights(trainer.settings) else "the untrained network"
+    before = next((line["val/knn_top1"] for line in lines if line["step"] == 0 and "val/knn_top1" in line), None)
+    is_worse = before is not None and metrics["val/knn_top1"]["final"] < before
     if "val/knn_top1" in metrics:
-        start = "the loaded weights" if began_with_weights(trainer.settings) else "the untrained network"
-        words.append(f"k-NN        {_knn_words(metrics, lines, start)}")
-    words.append(f"health      {_health_words(trainer)}")
+        words.append(f"k-NN        {_knn_words(metrics, start, before)}")
+    words.append(f"health      {_health_words(trainer)}{f'; k-NN is below that of {start}' if is_worse else ''}")
     names = [f"checkpoints/{name}.pt" for name in ("best", "last") if (run_dir / f"checkpoints/{name}.pt").exists()]
     return [
         *words,
@@ -115,17 +117,16 @@ def _health_words(trainer: Trainer) -> str:
         return "not watched (monitor.on_collapse=off)"
     counts = trainer.health.counts
     if not counts:
-        return "nothing found wrong"
+        return "no collapse or divergence found"
     return "found " + ", ".join(f"{kind} (at {count} looks)" for kind, count in counts.items())
 
 
-def _knn_words(metrics: dict[str, dict[str, float]], lines: list[dict[str, float]], start: str) -> str:
+def _knn_words(metrics: dict[str, dict[str, float]], start: str, before: float | None) -> str:
     """The trained accuracy with what it has to beat beside it: that of the `start`, and raw pixels."""
     knn = metrics["val/knn_top1"]
     words = f"{knn['final']:.1f} % of held-out images (best {knn['best']:.1f} %)"
-    untrained = next((line for line in lines if line["step"] == 0 and "val/knn_top1" in line), None)
-    if untrained is not None:
-        words += f"; {start} {untrained['val/knn_top1']:.1f} %"
+    if before is not None:
+        words += f"; {start} {before:.1f} %"
     if "val/knn_top1_pixels" in metrics:
         words += f"; raw pixels {metrics['val/knn_top1_pixels']['final']:.1f} %"
     return words
