@@ -124,7 +124,7 @@ def test_checkpoints_of_what_is_no_run_are_refused(tmp_path: Path, path: str, pr
 
 def test_checkpoints_needs_no_torch(tmp_path: Path) -> None:
     save_three(tmp_path)
-    script = "import sys; sys.modules['torch'] = None; from dino.cli import app; app()"
+    script = "import sys; sys.modules['torch'] = None; from dino.cli import main; main()"
     command = [sys.executable, "-c", script, "checkpoints", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

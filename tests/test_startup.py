@@ -17,7 +17,7 @@ from dino.start_up import StartUp
 from dino.targets import ALLOWED_PREFIXES, type_mismatch
 
 HEAVY = {"torch", "torchvision", "timm", "wandb", "sklearn", "scipy", "matplotlib", "pandas", "tensorboard"}
-DINO = ["-c", "from dino.cli import app; app()"]
+DINO = ["-c", "from dino.cli import main; main()"]
 TRAIN = [str(REPOSITORY / "train.py")]
 
 

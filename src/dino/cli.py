@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from dino import trained_commands
+from dino.exits import leaving_at_once
 
 if TYPE_CHECKING:
     from dino.augmentation import ViewBatch
@@ -253,3 +254,9 @@ def tune_batch_command(
         typer.echo(line)
     if found.largest is None:
         raise typer.Exit(1)
+
+
+def main() -> None:
+    """The command `dino`."""
+    with leaving_at_once():
+        app()

@@ -23,7 +23,14 @@ from omegaconf import DictConfig
 
 from dino import preemption
 from dino.config import CONF, ROOT, compose, raw_settings
-from dino.exits import EXIT_BAD_CONFIGURATION, EXIT_COLLAPSED, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED
+from dino.exits import (
+    EXIT_BAD_CONFIGURATION,
+    EXIT_COLLAPSED,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    leaving_at_once,
+)
 from dino.frozen import load_frozen
 from dino.messages import ConfigError, did_you_mean, report
 from dino.overrides import options_of, parsed
@@ -47,12 +54,13 @@ def main(task: Task) -> Callable[[], None]:
 
     @functools.wraps(task)
     def start() -> None:
-        try:
-            with answering_bad_values():
-                processes = Processes.from_environment()
-            _start(processes)
-        except KeyboardInterrupt:
-            raise SystemExit(EXIT_INTERRUPTED) from None
+        with leaving_at_once():
+            try:
+                with answering_bad_values():
+                    processes = Processes.from_environment()
+                _start(processes)
+            except KeyboardInterrupt:
+                raise SystemExit(EXIT_INTERRUPTED) from None
 
     def _start(processes: Processes) -> None:
         if processes.several:

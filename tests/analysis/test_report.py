@@ -71,7 +71,7 @@ def opened_report(runs: list[Path], path: Path) -> Opened:
 
 
 def dino_report(*words: str | Path, cwd: Path) -> tuple[int, str, str]:
-    done = run([sys.executable, "-m", "typer", "dino.cli", "run", "report", *map(str, words)], cwd=cwd)
+    done = run([sys.executable, "-c", "from dino.cli import main; main()", "report", *map(str, words)], cwd=cwd)
     return done.returncode, " ".join(done.stdout.split()), done.stderr
 
 

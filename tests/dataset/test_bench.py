@@ -20,7 +20,7 @@ SMALL = ["augmentation.global_size=32", "augmentation.local_size=16", "augmentat
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from dino.cli import app; app()", "data", "bench", *words],
+        [sys.executable, "-c", "from dino.cli import main; main()", "data", "bench", *words],
         capture_output=True,
         text=True,
         timeout=120,

@@ -120,7 +120,7 @@ def test_there_is_memory_and_not_more_than_the_machine_has() -> None:
 
 
 def tune(*words: str, cwd: Path) -> tuple[int, str, str]:
-    command = [sys.executable, "-c", "from dino.cli import app; app()", "tune", "batch", *words]
+    command = [sys.executable, "-c", "from dino.cli import main; main()", "tune", "batch", *words]
     done = run(command, cwd=cwd)
     return done.returncode, done.stdout, done.stderr
 

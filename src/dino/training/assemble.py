@@ -17,7 +17,6 @@ from dino.runtime import Precision, choose_device, reuse_freed_memory, set_seeds
 from dino.schedule import scaled_lr
 from dino.start_up import StartUp
 from dino.training.options import RECOMPUTED, TrainerOptions
-from dino.training.sharding import divide
 from dino.training.step import Schedules, TrainStep
 from dino.training.trainer import Trainer
 
@@ -111,7 +110,11 @@ def build_step(
     backbone = build(config, "backbone")
     model = StudentTeacher(MultiCropModel(backbone, build(config, "head", in_dim=backbone.embed_dim)))
     model.check_wiring()
-    shards = divide(model, precision) if options.parallel == "fsdp" and ranks.world_size() > 1 else None
+    shards = None
+    if options.parallel == "fsdp" and ranks.world_size() > 1:
+        from dino.training.sharding import divide  # late: FSDP takes half a second to import
+
+        shards = divide(model, precision)
     student = over_ranks(model.to(precision.device), precision.device) if shards is None else model.student
     model.student.backbone.recompute = RECOMPUTED[options.memory]
     if options.compile:

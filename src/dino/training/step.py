@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from dino.optimizer import EMA, ClipMode, cancel_last_layer_gradients, clip_grad
 from dino.ranks import max_over_ranks
 from dino.runtime import Precision
 from dino.schedule import Schedule
-from dino.training.sharding import Shards
+
+if TYPE_CHECKING:
+    from dino.training.sharding import Shards
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class TrainStep:
     total_steps: int  # that the schedules span
     freeze_backbone_steps: int = 0
     student: nn.Module | None = None
-    shards: Shards | None = None
+    shards: "Shards | None" = None
     scaler: torch.amp.GradScaler = field(init=False)
     timer: StepTimer = field(init=False)
 
