@@ -226,6 +226,7 @@ def test_a_slower_machine_around_a_sample_disturbs_it() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_contenders_run_in_processes_of_their_own() -> None:
     size = {"out_dim": 16384, "batch": 64}
     compared = compare(

@@ -340,6 +340,7 @@ def test_handlers_that_were_there_before_are_called_after_the_save(tmp_path: Pat
 # ---------------------------------------------------------------------- damaged, starved
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over(undisturbed: Path, tmp_path: Path) -> None:
     damages: dict[str, Callable[[Path], None]] = {
         "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
@@ -463,6 +464,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_a_failure(small_disk: Path)
     assert status(small_disk / "run")["state"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_second_process_in_the_same_directory_is_refused(tmp_path: Path) -> None:
     long = ("run_dir=run", "trainer.epochs=900", "trainer.save_every_steps=3", "evaluation=[]")
     first = start(*long, cwd=tmp_path)
@@ -524,6 +526,7 @@ def test_without_any_valid_checkpoint_a_run_is_refused_not_started_anew(undistur
 # ---------------------------------------------------------------------- not finite
 
 
+@pytest.mark.slow
 def test_an_infinite_loss_is_explained_and_passed_over(tmp_path: Path) -> None:
     """At step 7: a file that explains it, an event, and the same student, teacher and center as before."""
     injected = [

@@ -72,6 +72,7 @@ def test_every_file_in_checkpoints_loads_without_running_code(finished: tuple[Pa
         } <= state.keys()
 
 
+@pytest.mark.slow
 def test_a_changed_setting_is_refused_on_resume_and_a_harmless_one_is_not(tmp_path: Path) -> None:
     assert train("run_dir=run", "trainer.max_steps=2", cwd=tmp_path).returncode == 0
     record = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*") if path.is_file()}

@@ -98,6 +98,7 @@ def test_a_finished_run(real: Path, folder: Path) -> None:
     assert json.loads((real / "status.json").read_text())["commit"] in opened.text
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_and_is_then_killed(folder: Path) -> None:
     run_dir = folder / "killed"
     process = start(f"run_dir={run_dir}", "trainer.epochs=2000", cwd=folder)

@@ -247,6 +247,7 @@ class Knowing(Backbone):
         return [torch.cat([torch.zeros(1, 2), tokens])[None]]
 
 
+@pytest.mark.slow
 def test_real_videos_are_segmented_where_features_tell_the_object(
     shared_data: Callable[[str], Path], make_inputs: MakeInputs, make_noise: Any
 ) -> None:

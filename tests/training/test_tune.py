@@ -125,6 +125,7 @@ def tune(*words: str, cwd: Path) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_measures_real_runs_and_advises_overrides(tmp_path: Path) -> None:
     words = ["--multiple", "16", "--max-batch", "32", "--memory-gib", "64"]
     exit_code, stdout, stderr = tune(*words, *TINY, "trainer.accumulate_steps=2", "loss.koleo_weight=0", cwd=tmp_path)
@@ -173,6 +174,7 @@ def test_a_trial_fills_the_optimizer_and_saves_before_its_peak_is_read(
     assert saved < [line for line in metrics(left) if "perf/peak_memory_gib" in line][-1]["time"]
 
 
+@pytest.mark.slow
 def test_runs_that_get_no_memory_are_told_from_runs_that_fail(tmp_path: Path) -> None:
     words = [*TINY, "allowed_targets=[injected]", "--max-batch", "8"]
     exit_code, stdout, stderr = tune(*words, "loss._target_=injected.HungryLoss", cwd=tmp_path)
