@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SLICE: Final = 4096  # prototypes that are handled at a time: few enough to stay in a cache, enough for a matrix product
+SLICE: Final = 2048  # prototypes that are handled at a time: few enough to stay in a cache, enough for a matrix product
 
 
 @dataclass(frozen=True)
