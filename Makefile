@@ -29,7 +29,7 @@ test: install  ## the tests, without the slow ones
 test-all: install  ## all tests, the slow proofs too
 	$(BIN)/python -m pytest $(PARALLEL)
 
-check: lint types test  ## what CI runs
+check: lint types test  ## what CI runs, without the slow tests
 
 lint: install  ## ruff
 	$(BIN)/ruff check .

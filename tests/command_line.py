@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+DINO = str(Path(sys.executable).with_name("dino"))  # the command, as it was installed
 TINY = [  # a network and a run of seconds
     "backbone.depth=1",
     "backbone.embed_dim=32",

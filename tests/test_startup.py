@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import REPOSITORY, finish, metrics, spawn, train
+from command_line import DINO, REPOSITORY, finish, metrics, spawn, train
 
 from dino.signatures import MissingNameError, read_parameters
 from dino.start_up import StartUp
 from dino.targets import ALLOWED_PREFIXES, type_mismatch
 
 HEAVY = {"torch", "torchvision", "timm", "wandb", "sklearn", "scipy", "matplotlib", "pandas", "tensorboard"}
-DINO = ["-c", "from dino.cli import main; main()"]
 TRAIN = [str(REPOSITORY / "train.py")]
 
 
@@ -35,8 +34,8 @@ def imported(words: list[str], cwd: Path) -> tuple[int, set[str], str]:
         [*TRAIN, "--help"],
         [*TRAIN, "--cfg", "job"],
         [str(REPOSITORY / "sweep.py"), "--help"],
-        [*DINO, "--help"],
-        [*DINO, "data", "--help"],
+        [DINO, "--help"],
+        [DINO, "data", "--help"],
     ],
 )
 def test_help_imports_nothing_heavy(words: list[str], tmp_path: Path) -> None:
@@ -72,7 +71,7 @@ def test_mistakes_are_answered_before_anything_heavy_is_imported(
 
 @pytest.mark.parametrize("command", [["data", "check"], ["data", "preview"], ["tune", "batch"]])
 def test_so_they_are_by_the_other_commands(command: list[str], tmp_path: Path) -> None:
-    exit_code, imports, errors = imported([*DINO, *command, "+head.width=2"], tmp_path)
+    exit_code, imports, errors = imported([DINO, *command, "+head.width=2"], tmp_path)
     assert exit_code == 2
     assert errors.startswith("error: head.width: dino.model.DINOHead takes no width")
     assert not imports & HEAVY

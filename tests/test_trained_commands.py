@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from command_line import finish, metrics, run, spawn, train
+from command_line import DINO, finish, metrics, run, spawn, train
 from PIL import Image
 
 from dino.analysis.results import collect_results
 
-DINO = str(Path(sys.executable).with_name("dino"))
 PROBE = ["evaluation.linear.epochs=3", "evaluation.linear.num_seeds=2"]
 
 

@@ -4,13 +4,12 @@ import json
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import browser
 import pytest
 from browser import Opened
-from command_line import finish, metrics, run, start, train, wait_until
+from command_line import DINO, finish, metrics, run, start, train, wait_until
 from handmade_run import add_pictures, expected_move, healthy, run_directory, verdict
 from PIL import Image
 
@@ -71,7 +70,7 @@ def opened_report(runs: list[Path], path: Path) -> Opened:
 
 
 def dino_report(*words: str | Path, cwd: Path) -> tuple[int, str, str]:
-    done = run([sys.executable, "-c", "from dino.cli import main; main()", "report", *map(str, words)], cwd=cwd)
+    done = run([DINO, "report", *map(str, words)], cwd=cwd)
     return done.returncode, " ".join(done.stdout.split()), done.stderr
 
 

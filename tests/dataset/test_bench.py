@@ -2,14 +2,13 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import TINY
+from command_line import DINO, TINY
 
 from dino.augmentation import MultiCrop, ViewBatch
 from dino.dataset import Folder, bench
@@ -20,7 +19,7 @@ SMALL = ["augmentation.global_size=32", "augmentation.local_size=16", "augmentat
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from dino.cli import main; main()", "data", "bench", *words],
+        [DINO, "data", "bench", *words],
         capture_output=True,
         text=True,
         timeout=120,

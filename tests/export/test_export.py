@@ -1,13 +1,12 @@
 """Exports: what the library that owns each format makes of the file equals what the network gives."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command_line import run, train
+from command_line import DINO, run, train
 from torch import Tensor
 
 from dino.backbone import VisionTransformer, from_original_names
@@ -17,7 +16,6 @@ from dino.export import FORMATS, export
 from dino.export.formats import original_arguments
 from dino.trained import Trained, load_trained
 
-DINO = str(Path(sys.executable).with_name("dino"))
 TOLERANCE = 1e-5
 
 

@@ -4,14 +4,13 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command_line import TINY, last_state, metrics, run
+from command_line import DINO, TINY, last_state, metrics, run
 
 from dino.training.tune import (
     Found,
@@ -120,8 +119,7 @@ def test_there_is_memory_and_not_more_than_the_machine_has() -> None:
 
 
 def tune(*words: str, cwd: Path) -> tuple[int, str, str]:
-    command = [sys.executable, "-c", "from dino.cli import main; main()", "tune", "batch", *words]
-    done = run(command, cwd=cwd)
+    done = run([DINO, "tune", "batch", *words], cwd=cwd)
     return done.returncode, done.stdout, done.stderr
 
 
