@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dino.backbone import VisionTransformer
+from dino.backbone.attention import Sequences, unpacked
 from dino.backbone.positions import resize_positions
-from dino.backbone.transformer import DropPath, Sequences, unpacked
+from dino.backbone.transformer import DropPath
 
 
 def tiny(**changes: Any) -> VisionTransformer:

@@ -6,43 +6,18 @@ batch by itself.
 Shapes: N images and T tokens of one batch, class token first, R = sum of N * T over the batches, D features.
 """
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dino.backbone.attention import Attention, Layout, Sequences, unpacked
+from dino.linear import Linear
+
 # What of a network is made again in the backward pass rather than kept: nothing, its largest part, or all that can be.
 Recompute = Literal["nothing", "part", "all"]
-
-
-class Sequences(NamedTuple):
-    """Some of the rows of a token matrix: the tokens of one batch, image by image."""
-
-    num_images: int  # N
-    length: int  # T
-
-
-Layout = Sequence[Sequences]
-
-
-def packed(batches: Sequence[Tensor]) -> tuple[Tensor, Layout]:
-    """Tokens `[N_i, T_i, D]` as one matrix `[R, D]`, and which rows are whose."""
-    layout = [Sequences(tokens.shape[0], tokens.shape[1]) for tokens in batches]  # not len: torch.export fixes that
-    rows = [tokens.flatten(0, 1) for tokens in batches]
-    return rows[0] if len(rows) == 1 else torch.cat(rows), layout
-
-
-def unpacked(rows: Tensor, layout: Layout) -> list[Tensor]:
-    """`[R, X]` -> `[N_i, T_i, X]`."""
-    # One batch of any number of images, which a split would fix. Only there: a compiled run must stay one that resumes
-    # exactly, and without the split in evaluation it is not (tests/test_survival.py).
-    if torch.compiler.is_exporting():
-        return [rows.view(layout[0].num_images, layout[0].length, -1)]
-    parts = torch.split(rows, [images * length for images, length in layout])
-    return [part.view(images, length, -1) for part, (images, length) in zip(parts, layout, strict=True)]
 
 
 class Block(nn.Module):
@@ -82,9 +57,12 @@ class Block(nn.Module):
         recompute_mlp: bool,
     ) -> Tensor:
         """As `run`, with the scales of the branches' rows, `[R, 1]` or `[sum N, 1]`; None: 1."""
-        branch = self.attn(self.norm1(tokens), layout, class_tokens_only)
+        normed = self.norm1(tokens)
         if class_tokens_only:
+            branch = self.attn.of_class_tokens(normed, layout)
             tokens = torch.cat([part[:, 0] for part in unpacked(tokens, layout)])
+        else:
+            branch = self.attn(normed, layout)
         tokens = _added(tokens, branch, attention_scales)
         if recompute_mlp and torch.is_grad_enabled():
             branch = checkpoint(self._mlp_branch, tokens, use_reentrant=False, preserve_rng_state=False)
@@ -102,52 +80,13 @@ def _added(tokens: Tensor, branch: Tensor, scales: Tensor | None) -> Tensor:
     return tokens + branch if scales is None else torch.addcmul(tokens, branch.to(tokens.dtype), scales)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention."""
-
-    def __init__(self, embed_dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
-        self.proj = nn.Linear(embed_dim, embed_dim)
-
-    def split_heads(self, tokens: Tensor, layout: Layout) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """`[R, D]` -> query, key, value of every batch, `[N, heads, T, D / heads]` each."""
-        batches = unpacked(self.qkv(tokens), layout)
-        shape = (3, self.num_heads, -1)
-        split = [torch.unflatten(part, -1, shape).permute(2, 0, 3, 1, 4) for part in batches]
-        return [(query, key, value) for query, key, value in split]
-
-    def forward(self, tokens: Tensor, layout: Layout, class_tokens_only: bool = False) -> Tensor:
-        """`[R, D]` -> `[R, D]`, or only what the class tokens become, `[sum N, D]`."""
-        mixed = []
-        for query, key, value in self.split_heads(tokens, layout):
-            asking = query[:, :, :1] if class_tokens_only else query
-            mixed.append(attention(asking, key, value).transpose(1, 2).flatten(2).flatten(0, 1))
-        projected: Tensor = self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
-        return projected
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v: `[N, heads, T', d]`, `[N, heads, T, d]` twice -> `[N, heads, T', d]`."""
-    if query.device.type == "cuda":
-        return F.scaled_dot_product_attention(query, key, value)
-    return attention_weights(query, key) @ value  # faster on a CPU in bf16: benchmarks/step.py, lightly with either
-
-
-def attention_weights(query: Tensor, key: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)): `[N, heads, T', d]`, `[N, heads, T, d]` -> `[N, heads, T', T]`."""
-    scores: Tensor = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    return scores.softmax(dim=-1)
-
-
 class MLP(nn.Module):
     """Two linear layers around an exact GELU, token by token."""
 
     def __init__(self, embed_dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(embed_dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+        self.fc1 = Linear(embed_dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, embed_dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`[R, D]` -> `[R, D]`."""

@@ -9,11 +9,13 @@ Shapes: N images, C channels, H x W pixels, T = 1 + H/patch * W/patch tokens (cl
 import torch
 from torch import Tensor, nn
 
+from dino.backbone.attention import packed, unpacked
 from dino.backbone.base import Backbone, check_at_least
 from dino.backbone.layouts import State
 from dino.backbone.positions import resize_positions
-from dino.backbone.transformer import Block, attention_weights, packed, unpacked
+from dino.backbone.transformer import Block
 from dino.backbone.weights import load_initial_weights
+from dino.linear import linear, type_of_products
 
 # Published by the authors of DINO and mirrored by timm: (embed_dim, depth, num_heads, patch_size) -> name there.
 PUBLISHED = {
@@ -140,8 +142,8 @@ class VisionTransformer(Backbone):
         for block in self._blocks[:-1]:
             tokens = block.run(tokens, layout)
         last = self._blocks[-1]
-        ((query, key, _),) = last.attn.split_heads(last.norm1(tokens), layout)
-        return attention_weights(query, key)
+        (weights,) = last.attn.weights(last.norm1(tokens), layout)
+        return weights
 
     def intermediate_layers(self, images: Tensor, n: int) -> list[Tensor]:
         """`[N, C, H, W]` -> outputs of the last `n` blocks after the final LayerNorm, `[N, T, D]` each, oldest first.
@@ -164,8 +166,12 @@ class VisionTransformer(Backbone):
         return list(self.blocks)  # type: ignore[arg-type]
 
     def compile_parts(self) -> None:
-        """Block by block: one of them is compiled in seconds, and its code serves all."""
-        for block in self.blocks:
+        """Block by block: one of them is compiled in seconds, and its code serves all.
+
+        But for the attention itself: code that is made of its copies and softmax is slower on a CPU.
+        """
+        for block in self._blocks:
+            block.attn.mix = torch.compiler.disable(block.attn.mix)  # type: ignore[method-assign, no-untyped-call]
             block.compile()
 
 
@@ -178,5 +184,10 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """`[N, C, H, W]` -> `[N, T - 1, D]`, row by row."""
-        grid: Tensor = self.proj(images)
-        return grid.flatten(2).transpose(1, 2)
+        side = self.proj.kernel_size[0]
+        images = images.to(type_of_products(images))
+        grid = torch.unflatten(torch.unflatten(images, 3, (-1, side)), 2, (-1, side))
+        patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [N, T - 1, C side^2]
+        assert self.proj.bias is not None
+        tokens = linear(patches.flatten(0, 1), self.proj.weight.flatten(1), self.proj.bias)
+        return torch.unflatten(tokens, 0, (-1, patches.shape[1]))

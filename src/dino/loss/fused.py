@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dino.loss.precision import at_least_float32, no_autocast
+from dino.linear import product
+from dino.loss.precision import at_least_float32
 from dino.model.projection import DirectionGradients, Projection, logits_at_a_time, scaled_prototypes, slices
 
 
@@ -70,8 +71,7 @@ class _OfProjection(torch.autograd.Function):
     ) -> Tensor:
         lengths = torch.linalg.vector_norm(directions, dim=1)
         prototypes = scaled_prototypes(directions, gains[:, 0] / (lengths * temp), rows.dtype)
-        with no_autocast(rows):
-            logits = rows @ prototypes.T  # divided by the temperature
+        logits = product(rows, prototypes)  # divided by the temperature
         place = logits if any(ctx.needs_input_grad) else None
         ctx.temp, ctx.scale = temp, stored_scale(rows.dtype)
         losses = _visit(logits, targets, num_global_views, 1.0, place, ctx.scale)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dino.linear import product
 from dino.loss.fused import put_raw_gradient, row_factors, softmax_and_log_sum_exp, stored_scale
 from dino.loss.precision import at_least_float32
 from dino.model.projection import DirectionGradients, Projection, scaled_prototypes, slices
@@ -108,7 +109,7 @@ class _SlicedCrossEntropies(torch.autograd.Function):
             t = _scores(teacher_rows, teacher_directions[part], teacher_scales[part]).sub_(center[:, part])
             p = t.div_(settings.teacher_temp).view(*teacher_lse.shape, -1).sub_(teacher_lse[..., None]).exp_()
             prototypes = scaled_prototypes(directions[part], scales[part], rows.dtype)
-            s = at_least_float32(rows @ prototypes.T).view(*student_lse.shape, -1)
+            s = at_least_float32(product(rows, prototypes)).view(*student_lse.shape, -1)
             raw = torch.empty(len(rows), p.shape[-1], dtype=rows.dtype, device=rows.device)
             put_raw_gradient(s.sub_(student_lse[..., None]).exp_(), p, raw.view(s.shape), scale)
             found.put(part, raw, weighted)
@@ -119,4 +120,4 @@ class _SlicedCrossEntropies(torch.autograd.Function):
 
 def _scores(rows: Tensor, directions: Tensor, scales: Tensor) -> Tensor:
     """`[N, k]` in float32 at least, of products in the type of the rows."""
-    return at_least_float32(rows @ scaled_prototypes(directions, scales, rows.dtype).T)
+    return at_least_float32(product(rows, scaled_prototypes(directions, scales, rows.dtype)))

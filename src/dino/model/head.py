@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino.backbone.base import check_at_least
+from dino.linear import Linear, type_of_products
 from dino.model.projection import Projection
 
 
@@ -96,9 +97,7 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, rows: Tensor) -> Projection:
         """`[N, b]` -> the rows, in the type of autocast, with the prototypes: their products are `[N, K]`."""
-        kind = rows.device.type
-        if torch.is_autocast_enabled(kind):
-            rows = rows.to(torch.get_autocast_dtype(kind))
+        rows = rows.to(type_of_products(rows))
         # Views, since DistributedDataParallel finds parameters only behind a tensor that was made from them.
         return Projection(rows, self.weight_v.view_as(self.weight_v), self.weight_g.view_as(self.weight_g))
 
@@ -106,11 +105,11 @@ class WeightNormLinear(nn.Module):
 def _mlp(in_dim: int, hidden_dim: int, out_dim: int, num_layers: int, batch_norm: bool) -> nn.Module:
     """Named as the original's: `mlp.0, 2, 4` for three layers, `mlp.0, 3, 6` with batch norm, `mlp` for one."""
     if num_layers == 1:
-        return nn.Linear(in_dim, out_dim)
+        return Linear(in_dim, out_dim)
     layers: list[nn.Module] = []
     for width in [in_dim, *[hidden_dim] * (num_layers - 2)]:
-        layers.append(nn.Linear(width, hidden_dim))
+        layers.append(Linear(width, hidden_dim))
         if batch_norm:
             layers.append(nn.BatchNorm1d(hidden_dim))
         layers.append(nn.GELU())
-    return nn.Sequential(*layers, nn.Linear(hidden_dim, out_dim))
+    return nn.Sequential(*layers, Linear(hidden_dim, out_dim))

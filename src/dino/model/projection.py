@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dino.linear import product
+
 SLICE: Final = 2048  # prototypes that are handled at a time: few enough to stay in a cache, enough for a matrix product
 
 
@@ -91,8 +93,7 @@ class _Logits(torch.autograd.Function):
         lengths = torch.linalg.vector_norm(directions, dim=1)
         prototypes = scaled_prototypes(directions, gains[:, 0] / lengths, rows.dtype)
         ctx.save_for_backward(rows, directions, gains, lengths, prototypes)
-        with torch.autocast(rows.device.type, enabled=False):
-            return rows @ prototypes.T
+        return product(rows, prototypes)
 
     @staticmethod
     @once_differentiable

@@ -1,0 +1,162 @@
+"""Multi-head self-attention on the tokens of several batches at once.
+
+Shapes: N images and T tokens of one batch, class token first, R = sum of N * T over the batches, M = sum of N; D
+features, h heads, d = D / h.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from dino.linear import Linear, linear
+
+
+class Sequences(NamedTuple):
+    """Some of the rows of a token matrix: the tokens of one batch, image by image."""
+
+    num_images: int  # N
+    length: int  # T
+
+
+Layout = Sequence[Sequences]
+
+
+def packed(batches: Sequence[Tensor]) -> tuple[Tensor, Layout]:
+    """Tokens `[N_i, T_i, D]` as one matrix `[R, D]`, and which rows are whose."""
+    layout = [Sequences(tokens.shape[0], tokens.shape[1]) for tokens in batches]  # not len: torch.export fixes that
+    rows = [tokens.flatten(0, 1) for tokens in batches]
+    return rows[0] if len(rows) == 1 else torch.cat(rows), layout
+
+
+def unpacked(rows: Tensor, layout: Layout) -> list[Tensor]:
+    """`[R, X]` -> `[N_i, T_i, X]`."""
+    # One batch of any number of images, which a split would fix. Only there: a compiled run must stay one that resumes
+    # exactly, and without the split in evaluation it is not (tests/test_survival.py).
+    if torch.compiler.is_exporting():
+        return [rows.view(layout[0].num_images, layout[0].length, -1)]
+    parts = torch.split(rows, [images * length for images, length in layout])
+    return [part.view(images, length, -1) for part, (images, length) in zip(parts, layout, strict=True)]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(embed_dim, 3 * embed_dim)
+        self.proj = Linear(embed_dim, embed_dim)
+
+    def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """`[R, D]` -> `[R, D]`."""
+        qkv = self.qkv(tokens)
+        if qkv.device.type == "cuda":
+            split = [_by_head(part, self.num_heads) for part in unpacked(qkv, layout)]
+            mixed = [F.scaled_dot_product_attention(*one).transpose(1, 2) for one in split]
+            together = torch.cat([part.flatten(2).flatten(0, 1) for part in mixed])
+        else:
+            together = self.mix(qkv, layout)
+        projected: Tensor = self.proj(together)
+        return projected
+
+    def mix(self, qkv: Tensor, layout: Layout) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v of every batch: `[R, 3 D]` -> `[R, D]`."""
+        if torch.compiler.is_exporting():
+            return _mix(qkv, layout, self.num_heads)[0]
+        mixed: Tensor = _Mixed.apply(qkv, layout, self.num_heads)
+        return mixed
+
+    def of_class_tokens(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """`[R, D]` -> what `forward` makes of the class tokens, `[M, D]`, without keys and values of the others.
+
+        With one query of an image, q . (W_k x) = (W_k^T q) . x and sum a (W_v x) = W_v (sum a x), since weights sum to
+        1; the keys' bias adds the same to all scores.
+        """
+        heads, width = self.num_heads, self.qkv.in_features // self.num_heads
+        of_query, of_key, of_value = torch.unflatten(self.qkv.weight, 0, (3, heads, width))  # [h, d, D]
+        query_bias, _, value_bias = torch.unflatten(self.qkv.bias, 0, (3, heads, width))  # [h, d]
+        batches = unpacked(tokens, layout)
+        first = torch.cat([batch[:, 0] for batch in batches])
+        query = linear(first, of_query.flatten(0, 1), query_bias.flatten()) * width**-0.5
+        query = torch.unflatten(query, 1, (heads, width)).transpose(0, 1) @ of_key  # [h, M, D]
+        asking = query.transpose(0, 1).split([images for images, _ in layout])
+        gathered = torch.cat(
+            [(one @ batch.transpose(1, 2)).softmax(dim=-1) @ batch for one, batch in zip(asking, batches, strict=True)]
+        )  # [M, h, D]
+        mixed = gathered.transpose(0, 1) @ of_value.transpose(1, 2)  # [h, M, d]
+        projected: Tensor = self.proj((mixed.transpose(0, 1) + value_bias).flatten(1))
+        return projected
+
+    def weights(self, tokens: Tensor, layout: Layout) -> list[Tensor]:
+        """`[R, D]` -> softmax(q k^T / sqrt(d)) of every batch, `[N, h, T, T]` each; rows sum to 1."""
+        split = [_by_head(part, self.num_heads) for part in unpacked(self.qkv(tokens), layout)]
+        return [_weights(query * query.shape[-1] ** -0.5, key) for query, key, _ in split]
+
+
+class _Kept(NamedTuple):
+    """Of one batch, all heads of an image below each other."""
+
+    query: Tensor  # [N h, T, d], divided by sqrt(d)
+    key: Tensor  # [N h, T, d]
+    value: Tensor  # [N h, T, d]
+    weights: Tensor  # [N h, T, T], after softmax
+
+
+def _mix(qkv: Tensor, layout: Layout, num_heads: int) -> tuple[Tensor, list[_Kept]]:
+    """`[R, 3 D]` -> softmax(q k^T / sqrt(d)) v of every batch, `[R, D]`, and what it is made of; without gradient."""
+    mixed = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+    kept = []
+    for part, place in zip(unpacked(qkv, layout), unpacked(mixed, layout), strict=True):
+        query, key, value = (one.flatten(0, 1) for one in _by_head(part, num_heads))
+        query = query * query.shape[-1] ** -0.5
+        weights = _weights(query, key)
+        of_heads = torch.unflatten(weights @ value, 0, (-1, num_heads))
+        torch.unflatten(place, -1, (num_heads, -1)).copy_(of_heads.transpose(1, 2))
+        kept.append(_Kept(query, key, value, weights))
+    return mixed, kept
+
+
+def _weights(query: Tensor, key: Tensor) -> Tensor:
+    """softmax(q k^T), with q divided by sqrt(d): `[..., T, d]` twice -> `[..., T, T]`."""
+    scores: Tensor = query @ key.transpose(-2, -1)
+    return scores.softmax(dim=-1)
+
+
+def _by_head(qkv: Tensor, num_heads: int) -> Tensor:
+    """`[N, T, 3 D]` -> query, key, value, `[3, N, h, T, d]`, a view."""
+    return torch.unflatten(qkv, -1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+class _Mixed(torch.autograd.Function):
+    """`_mix` with a gradient: by hand, since it is then made where it belongs in the matrix `[R, 3 D]`."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
+        mixed, kept = _mix(qkv, layout, num_heads)
+        ctx.save_for_backward(*[tensor for of_one in kept for tensor in of_one])
+        ctx.layout, ctx.num_heads = layout, num_heads
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        saved = ctx.saved_tensors
+        kept = [_Kept(*saved[i : i + 4]) for i in range(0, len(saved), 4)]
+        of_qkv = gradient.new_empty(gradient.shape[0], 3 * gradient.shape[1])
+        parts = unpacked(gradient, ctx.layout), unpacked(of_qkv, ctx.layout)
+        for of_one, given, place in zip(kept, *parts, strict=True):
+            heads = ctx.num_heads
+            query, key, value, weights = of_one
+            of_mixed = torch.unflatten(given, -1, (heads, -1)).transpose(1, 2).flatten(0, 1)  # [N h, T, d]
+            of_weights = torch.bmm(of_mixed, value.transpose(1, 2))
+            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            of_query = torch.bmm(of_scores, key).mul_(query.shape[-1] ** -0.5)
+            of_key = torch.bmm(of_scores.transpose(1, 2), query)
+            of_value = torch.bmm(weights.transpose(1, 2), of_mixed)
+            for one, of_heads in zip(_by_head(place, heads), (of_query, of_key, of_value), strict=True):
+                one.copy_(torch.unflatten(of_heads, 0, (-1, heads)))
+        return of_qkv, None, None
