@@ -14,6 +14,7 @@ from benchmarks.options import Options
 # In the order in which they run.
 BENCHMARKS = (
     "step",
+    "layers",
     "loss",
     "head_loss",
     "update",

@@ -1,7 +1,7 @@
 """Linear layers by the library that multiplies fastest: on a CPU that is oneDNN, whichever torch would take.
 
 torch leaves float32 to MKL, which makes half of it on an AMD CPU, and adds the bias of bf16 products in a visit of
-their own (benchmarks/products.py measures both). Elsewhere, and for other types, these are torch's own.
+their own (benchmarks/layers.py measures both). Elsewhere, and for other types, these are torch's own.
 
 Shapes: N rows, D inputs, K outputs.
 """
@@ -29,15 +29,15 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     dtype = type_of_products(rows)
     if not _by_onednn(rows.device, dtype):
         return F.linear(rows, weight, bias)
-    products: Tensor = _Linear.apply(rows.to(dtype), weight.to(dtype), bias.to(dtype))
+    products: Tensor = _Linear.apply(rows, weight, bias, dtype)
     return products
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`[N, D]`, `[K, D]`, `[K]` of one type -> `[N, K]` in that type, also inside autocast; without gradient."""
+    """`[N, D]`, `[K, D]` of one type, `[K]` -> `[N, K]` in that type, also inside autocast; without gradient."""
     if not _by_onednn(rows.device, rows.dtype):
         with torch.autocast(rows.device.type, enabled=False):
-            return F.linear(rows, weight, bias)
+            return F.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
     return _compiled_product(rows, weight, bias) if torch.compiler.is_compiling() else _product(rows, weight, bias)
 
 
@@ -68,7 +68,9 @@ def _by_onednn(device: torch.device, dtype: torch.dtype) -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.types = rows.dtype, weight.dtype, bias.dtype
+        rows, weight = rows.to(dtype), weight.to(dtype)
         ctx.save_for_backward(rows, weight)
         return product(rows, weight, bias)
 
@@ -76,11 +78,13 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
-        of_rows, of_weight, of_bias = ctx.needs_input_grad
+        gradient = gradient.contiguous()
+        of_rows, of_weight, of_bias, _ = ctx.needs_input_grad
         return (
-            _rows_gradient(gradient, weight) if of_rows else None,
-            _weight_gradient(gradient, rows) if of_weight else None,
-            _sum_of_rows(gradient) if of_bias else None,
+            _rows_gradient(gradient, weight).to(ctx.types[0]) if of_rows else None,
+            _weight_gradient(gradient, rows).to(ctx.types[1]) if of_weight else None,
+            _sum_of_rows(gradient).to(ctx.types[2]) if of_bias else None,
+            None,
         )
 
 

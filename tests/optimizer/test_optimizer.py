@@ -63,7 +63,7 @@ def test_parameters_that_are_not_trained_are_in_no_group() -> None:
 def test_only_the_last_layer_loses_its_gradients() -> None:
     head = DINOHead(in_dim=4, out_dim=6, hidden_dim=5, bottleneck_dim=3, norm_last_layer=False)
     head(torch.randn(2, 4)).logits().square().sum().backward()
-    cancel_last_layer_gradients(head)
+    cancel_last_layer_gradients(head.named_parameters())
     without = {name for name, parameter in head.named_parameters() if parameter.grad is None}
     assert without == {"last_layer.weight_g", "last_layer.weight_v"}
 

@@ -82,19 +82,17 @@ class Attention(nn.Module):
         batches = unpacked(tokens, layout)
         first = torch.cat([batch[:, 0] for batch in batches])
         query = linear(first, of_query.flatten(0, 1), query_bias.flatten()) * width**-0.5
-        query = torch.unflatten(query, 1, (heads, width)).transpose(0, 1) @ of_key  # [h, M, D]
+        query = torch.bmm(torch.unflatten(query, 1, (heads, width)).transpose(0, 1), of_key)  # [h, M, D]
         asking = query.transpose(0, 1).split([images for images, _ in layout])
-        gathered = torch.cat(
-            [(one @ batch.transpose(1, 2)).softmax(dim=-1) @ batch for one, batch in zip(asking, batches, strict=True)]
-        )  # [M, h, D]
-        mixed = gathered.transpose(0, 1) @ of_value.transpose(1, 2)  # [h, M, d]
+        weighted = [torch.bmm(_weights(one, batch), batch) for one, batch in zip(asking, batches, strict=True)]
+        mixed = torch.bmm(torch.cat(weighted).transpose(0, 1), of_value.transpose(1, 2))  # [h, M, d]
         projected: Tensor = self.proj((mixed.transpose(0, 1) + value_bias).flatten(1))
         return projected
 
     def weights(self, tokens: Tensor, layout: Layout) -> list[Tensor]:
         """`[R, D]` -> softmax(q k^T / sqrt(d)) of every batch, `[N, h, T, T]` each; rows sum to 1."""
         split = [_by_head(part, self.num_heads) for part in unpacked(self.qkv(tokens), layout)]
-        return [_weights(query * query.shape[-1] ** -0.5, key) for query, key, _ in split]
+        return [(query * query.shape[-1] ** -0.5 @ key.transpose(2, 3)).softmax(dim=-1) for query, key, _ in split]
 
 
 class _Kept(NamedTuple):
@@ -114,16 +112,15 @@ def _mix(qkv: Tensor, layout: Layout, num_heads: int) -> tuple[Tensor, list[_Kep
         query, key, value = (one.flatten(0, 1) for one in _by_head(part, num_heads))
         query = query * query.shape[-1] ** -0.5
         weights = _weights(query, key)
-        of_heads = torch.unflatten(weights @ value, 0, (-1, num_heads))
+        of_heads = torch.unflatten(torch.bmm(weights, value), 0, (-1, num_heads))
         torch.unflatten(place, -1, (num_heads, -1)).copy_(of_heads.transpose(1, 2))
         kept.append(_Kept(query, key, value, weights))
     return mixed, kept
 
 
 def _weights(query: Tensor, key: Tensor) -> Tensor:
-    """softmax(q k^T), with q divided by sqrt(d): `[..., T, d]` twice -> `[..., T, T]`."""
-    scores: Tensor = query @ key.transpose(-2, -1)
-    return scores.softmax(dim=-1)
+    """softmax(q k^T), where q is divided by sqrt(d): `[n, T', X]`, `[n, T, X]` -> `[n, T', T]`."""
+    return torch.bmm(query, key.transpose(1, 2)).softmax(dim=-1)
 
 
 def _by_head(qkv: Tensor, num_heads: int) -> Tensor:

@@ -137,7 +137,7 @@ class TrainStep:
         loss = torch.stack(losses).mean()
         broken = skipped & self._scale_is_not_to_blame(loss)
         if step < self.freeze_last_layer_steps:
-            cancel_last_layer_gradients(self._updated.student)
+            cancel_last_layer_gradients(self._parameters)
         self._step_optimizer(skipped)
         self._restore_buffers(buffers, skipped)
         momentum = scheduled["teacher_momentum"]
