@@ -83,7 +83,7 @@ class Attention(nn.Module):
         first = torch.cat([batch[:, 0] for batch in batches])
         query = linear(first, of_query.flatten(0, 1), query_bias.flatten()) * width**-0.5
         query = torch.bmm(torch.unflatten(query, 1, (heads, width)).transpose(0, 1), of_key)  # [h, M, D]
-        asking = query.transpose(0, 1).split([images for images, _ in layout])
+        asking = torch.split(query.transpose(0, 1), [images for images, _ in layout])
         weighted = [torch.bmm(_weights(one, batch), batch) for one, batch in zip(asking, batches, strict=True)]
         mixed = torch.bmm(torch.cat(weighted).transpose(0, 1), of_value.transpose(1, 2))  # [h, M, d]
         projected: Tensor = self.proj((mixed.transpose(0, 1) + value_bias).flatten(1))
