@@ -12,7 +12,7 @@ import torch
 from command_line import REPOSITORY, finish, spawn
 from torch import Tensor
 
-from benchmarks import head_loss, loss, profiling, results, step, training_steps, update, views
+from benchmarks import head_loss, layers, loss, profiling, results, step, training_steps, update, views
 from benchmarks.harness import Contender, ContenderError, Sampling, compare, summarise
 from benchmarks.training_steps import OurStep, baseline_training, compose_step, list_of_views
 from dino.config import compose
@@ -44,6 +44,18 @@ def test_three_steps_of_the_baseline_are_ours() -> None:
     torch.testing.assert_close(train_step.loss.centering.center, plain.loss.center, rtol=1e-12, atol=1e-15)
     still = [name for name, value in plain.student.state_dict().items() if torch.equal(value, before[name])]
     assert still == ["head.last_layer.weight_g"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("part", [layers.Linear, layers.Mixing])
+def test_layers_answer_what_those_of_torch_do(part: type[layers.Layers], precision: str) -> None:
+    size = {"backbone": "vit_t16", "batch": 1, "global_size": 32}
+    answers = []
+    for ours in (True, False):
+        work = part(CPU, size, precision, ours)
+        work()
+        answers.append(work.answer())
+    assert answers[0] == pytest.approx(answers[1], rel=1e-3 if precision == "bf16" else 1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")  # of lightly
@@ -254,7 +266,7 @@ def run(words: list[str]) -> Any:
 def test_an_unknown_benchmark_is_refused() -> None:
     done = run(["steps"])
     assert done.returncode == 2
-    assert "steps: use step, loss, head_loss" in done.stderr
+    assert "steps: use step, layers, loss" in done.stderr
 
 
 def test_a_page_without_results(tmp_path: Path) -> None:

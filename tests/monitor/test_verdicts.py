@@ -89,7 +89,10 @@ PROVOKED = {
         "ema.momentum=0: try 0.5",
     ),
     "gradient_explosion": (
-        ["optimizer=sgd", "optimizer.lr=1", "schedule.lr.final=1000", *NO_CLIPPING],
+        [
+            *("optimizer=sgd", "optimizer.lr=1", "schedule.lr.final=300", *NO_CLIPPING),
+            "monitor.health.max_grad_norm_ratio=10",  # how far a run comes before it breaks is chance
+        ],
         "trainer.clip_norm=null: try 3.0",
     ),
     "gradient_vanishing": (["loss.student_temp=1e6"], "loss.student_temp=1000000.0: try 0.1"),
