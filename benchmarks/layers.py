@@ -1,4 +1,4 @@
-"""The layers of one ViT-S/16 block on the tokens of the global views, forward and backward: ours and torch's own.
+"""The layers of one ViT-S/16 block on the tokens of the global views, forward and backward, on the CPU: ours, torch's.
 
 Ours are `dino.linear` and `dino.backbone.attention`; torch's are `F.linear`, and products and softmax under autograd.
 """
@@ -16,7 +16,7 @@ from benchmarks.options import Options
 from benchmarks.step import product_shapes
 from benchmarks.training_steps import compose_step
 from dino.backbone.attention import Attention, Sequences
-from dino.linear import linear
+from dino.linear import linear, type_of_products
 from dino.runtime import Precision, reuse_freed_memory
 
 PARTS = {"Linear": "Its four linear layers", "Mixing": "Its attention, from queries, keys and values on"}
@@ -35,28 +35,31 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
                     Contender(name, f"benchmarks.layers:{part}", {**settings, "ours": name == "ours"})
                     for name in ("torch", "ours")
                 ],
-                options.sampling(rounds=9),
+                options.sampling(rounds=9, device="cpu"),
                 references=("torch",),
             )
 
 
 class Layers(ABC):
-    """One forward and backward pass; the answer is the sum of the magnitudes of the outputs."""
+    """One forward and backward pass; the answer is the sum of the magnitudes of outputs and gradients."""
 
     def __init__(self, device: torch.device, size: dict[str, Any], precision: str, ours: bool) -> None:
         reuse_freed_memory()
         torch.manual_seed(0)
         self.ours, self.autocast, self.device = ours, Precision(precision, device).autocast, device
         self.magnitude = 0.0
+        self.tensors: list[Tensor] = []  # that get gradients
         self.make(size)
 
     def __call__(self) -> None:
         with self.autocast():
             outputs = self.outputs()
         torch.autograd.backward(outputs, [output.detach() for output in outputs])
-        self.forget()
         if not self.magnitude:
-            self.magnitude = sum(float(output.detach().abs().sum()) for output in outputs)
+            gradients = [tensor.grad for tensor in self.tensors if tensor.grad is not None]
+            self.magnitude = sum(float(tensor.detach().abs().sum()) for tensor in (*outputs, *gradients))
+        for tensor in self.tensors:
+            tensor.grad = None
 
     def answer(self) -> float:
         return self.magnitude
@@ -66,10 +69,6 @@ class Layers(ABC):
 
     @abstractmethod
     def outputs(self) -> list[Tensor]: ...
-
-    @abstractmethod
-    def forget(self) -> None:
-        """Drops the gradients."""
 
 
 class Linear(Layers):
@@ -81,14 +80,11 @@ class Linear(Layers):
             [torch.randn(one, device=self.device, requires_grad=True) for one in ((rows, k), (out, k), (out,))]
             for rows, k, out in shapes
         ]
+        self.tensors = [tensor for tensors in self.layers for tensor in tensors]
 
     def outputs(self) -> list[Tensor]:
         function = linear if self.ours else F.linear
         return [function(*tensors) for tensors in self.layers]
-
-    def forget(self) -> None:
-        for tensor in (tensor for tensors in self.layers for tensor in tensors):
-            tensor.grad = None
 
 
 class Mixing(Layers):
@@ -102,9 +98,9 @@ class Mixing(Layers):
         )
         self.attention = Attention(dim, self.num_heads)
         with self.autocast():
-            kind = F.linear(torch.zeros(1, 1), torch.zeros(1, 1)).dtype
+            kind = type_of_products(torch.zeros(1))
         self.qkv = torch.randn(self.sequences.num_images * self.sequences.length, 3 * dim, device=self.device).to(kind)
-        self.qkv.requires_grad_()
+        self.tensors = [self.qkv.requires_grad_()]
 
     def outputs(self) -> list[Tensor]:
         if self.ours:
@@ -113,6 +109,3 @@ class Mixing(Layers):
         query, key, value = split
         weights = (query * query.shape[-1] ** -0.5 @ key.transpose(2, 3)).softmax(dim=-1)
         return [(weights @ value).transpose(1, 2).flatten(2).flatten(0, 1)]
-
-    def forget(self) -> None:
-        self.qkv.grad = None

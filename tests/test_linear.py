@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dino.linear import Linear, linear, product
+from dino.linear import HAS_BF16, HAS_ONEDNN, Linear, linear, product
 
 # (rows, inputs, outputs): one row, odd sizes, many rows.
 SHAPES = [(1, 3, 2), (37, 24, 17), (1030, 64, 192)]
@@ -58,6 +58,13 @@ def test_it_is_as_exact_as_torch(shape: tuple[int, int, int], dtype: torch.dtype
     assert [gradient.dtype for gradient in found.gradients] == [dtype] * 3
     for ours, theirs in zip(distances(found, exact), distances(expected, exact), strict=True):
         assert ours < 1.2 * theirs + 3 * torch.finfo(dtype).eps
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="torch without oneDNN")
+def test_onednn_multiplies_what_it_can() -> None:
+    for dtype, it_can in ((torch.float32, True), (torch.bfloat16, HAS_BF16), (torch.float64, False)):
+        rows, weight, bias, _ = made((37, 24, 17), dtype)
+        assert (type(linear(rows, weight.requires_grad_(), bias).grad_fn).__name__ == "_LinearBackward") == it_can
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,7 +1,7 @@
 """Linear layers by the library that multiplies fastest: on a CPU that is oneDNN, whichever torch would take.
 
-torch leaves float32 to MKL, which makes half of it on an AMD CPU, and adds the bias of bf16 products in a visit of
-their own (benchmarks/layers.py measures both). Elsewhere, and for other types, these are torch's own.
+torch leaves float32 to MKL, which takes twice the time on an AMD CPU, and adds the bias of bf16 products in a visit of
+its own (benchmarks/layers.py has both beside torch's). Elsewhere, and for other types, these are torch's own.
 
 Shapes: N rows, D inputs, K outputs.
 """
@@ -26,6 +26,7 @@ class Linear(nn.Linear):
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`[N, D]`, `[K, D]`, `[K]` -> rows weight^T + bias, `[N, K]`, in the type of autocast where that is on."""
+    assert rows.ndim == 2
     dtype = type_of_products(rows)
     if not _by_onednn(rows.device, dtype):
         return F.linear(rows, weight, bias)
@@ -56,8 +57,10 @@ def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def type_of_products(tensor: Tensor) -> torch.dtype:
-    """Of products with this tensor: that of autocast where it is on for its device, else its own."""
+    """Of products with this tensor: that of autocast, where it is on and lowers the tensor's type; else its own."""
     kind = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return tensor.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
@@ -71,7 +74,8 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.types = rows.dtype, weight.dtype, bias.dtype
         rows, weight = rows.to(dtype), weight.to(dtype)
-        ctx.save_for_backward(rows, weight)
+        of_rows, of_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if of_weight else None, weight if of_rows else None)
         return product(rows, weight, bias)
 
     @staticmethod

@@ -61,6 +61,16 @@ def test_many_updates_stay_on_the_formula_when_the_momentum_moves() -> None:
     torch.testing.assert_close(teacher[0].weight, expected, rtol=1e-13, atol=0)
 
 
+def test_one_average_may_serve_several_networks() -> None:
+    ema = EMA()
+    for _ in range(2):
+        student, teacher = pair()
+        for _ in range(2):
+            expected = moved(teacher[0].weight.clone(), student[0].weight.detach(), 0.9)
+            ema.update(student, teacher, 0.9)
+            torch.testing.assert_close(teacher[0].weight, expected, rtol=1e-13, atol=0)
+
+
 def test_teacher_shares_no_storage_and_gets_no_gradient_history() -> None:
     student, teacher = pair()
     EMA("copy").update(student, teacher, 0.0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dino.linear import Linear, linear
+from dino.linear import Linear, linear, type_of_products
 
 
 class Sequences(NamedTuple):
@@ -56,8 +56,8 @@ class Attention(nn.Module):
         qkv = self.qkv(tokens)
         if qkv.device.type == "cuda":
             split = [_by_head(part, self.num_heads) for part in unpacked(qkv, layout)]
-            mixed = [F.scaled_dot_product_attention(*one).transpose(1, 2) for one in split]
-            together = torch.cat([part.flatten(2).flatten(0, 1) for part in mixed])
+            mixed = [F.scaled_dot_product_attention(*one).transpose(1, 2).flatten(2) for one in split]
+            together, _ = packed(mixed)
         else:
             together = self.mix(qkv, layout)
         projected: Tensor = self.proj(together)
@@ -76,6 +76,7 @@ class Attention(nn.Module):
         With one query of an image, q . (W_k x) = (W_k^T q) . x and sum a (W_v x) = W_v (sum a x), since weights sum to
         1; the keys' bias adds the same to all scores.
         """
+        tokens = tokens.to(type_of_products(tokens))  # once, for both products with them
         heads, width = self.num_heads, self.qkv.in_features // self.num_heads
         of_query, of_key, of_value = torch.unflatten(self.qkv.weight, 0, (3, heads, width))  # [h, d, D]
         query_bias, _, value_bias = torch.unflatten(self.qkv.bias, 0, (3, heads, width))  # [h, d]
@@ -129,7 +130,7 @@ def _by_head(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 class _Mixed(torch.autograd.Function):
-    """`_mix` with a gradient: by hand, since it is then made where it belongs in the matrix `[R, 3 D]`."""
+    """`_mix` with a gradient: by hand, since it then is copied once, to where it belongs in the matrix `[R, 3 D]`."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:

@@ -180,14 +180,22 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, patch_size: int, channels: int, embed_dim: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = PatchConvolution(channels, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """`[N, C, H, W]` -> `[N, T - 1, D]`, row by row."""
-        side = self.proj.kernel_size[0]
+        grid: Tensor = self.proj(images)
+        return grid.flatten(2).transpose(1, 2)
+
+
+class PatchConvolution(nn.Conv2d):
+    """A convolution whose stride is its size, made as the linear layer of the patches that it is."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`[N, C, H, W]` -> `[N, D, H / patch, W / patch]`, channels last."""
+        side = self.kernel_size[0]
         images = images.to(type_of_products(images))
-        grid = torch.unflatten(torch.unflatten(images, 3, (-1, side)), 2, (-1, side))
-        patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [N, T - 1, C side^2]
-        assert self.proj.bias is not None
-        tokens = linear(patches.flatten(0, 1), self.proj.weight.flatten(1), self.proj.bias)
-        return torch.unflatten(tokens, 0, (-1, patches.shape[1]))
+        grid = torch.unflatten(torch.unflatten(images, 3, (-1, side)), 2, (-1, side)).permute(0, 2, 4, 1, 3, 5)
+        assert self.bias is not None
+        tokens = linear(grid.flatten(3).flatten(0, 2), self.weight.flatten(1), self.bias)
+        return torch.unflatten(tokens, 0, (-1, grid.shape[1], grid.shape[2])).permute(0, 3, 1, 2)

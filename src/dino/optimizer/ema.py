@@ -33,7 +33,8 @@ class EMA:
 
     @torch.no_grad()
     def update(self, student: nn.Module, teacher: nn.Module, momentum: float, skipped: Tensor | None = None) -> None:
-        """One update. The two modules must have the same parameters and buffers in the same order.
+        """One update. The two modules must have the same parameters and buffers in the same order, and keep them: the
+        parameters of the first call with them are the ones that move.
 
         Where `skipped` (0-d, bool, on their device) is true the parameters stay as they are, without a look at it from
         the host. (A skipped step leaves the student as it was, so its buffers may be copied again.)

@@ -146,7 +146,10 @@ def _views(views: ViewBatch) -> dict[str, list[dict[str, Any]]]:
 
 @torch.no_grad()
 def _layers(student: nn.Module, precision: Precision, views: ViewBatch) -> dict[str, dict[str, Any]]:
-    """Figures of the output of every layer of the student, in the order of the forward pass."""
+    """Figures of the output of every layer of the student, in the order of the forward pass.
+
+    The `qkv` of a ViT's last block is not among them: of that, only what the class tokens need is made.
+    """
     layers: dict[str, dict[str, Any]] = {}
 
     def note(name: str) -> Any:
