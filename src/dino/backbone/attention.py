@@ -113,8 +113,7 @@ def _mix(qkv: Tensor, layout: Layout, num_heads: int) -> tuple[Tensor, list[_Kep
         query, key, value = (one.flatten(0, 1) for one in _by_head(part, num_heads))
         query = query * query.shape[-1] ** -0.5
         weights = _weights(query, key)
-        of_heads = torch.unflatten(torch.bmm(weights, value), 0, (-1, num_heads))
-        torch.unflatten(place, -1, (num_heads, -1)).copy_(of_heads.transpose(1, 2))
+        _put(torch.bmm(weights, value), torch.unflatten(place, -1, (num_heads, -1)).transpose(1, 2))
         kept.append(_Kept(query, key, value, weights))
     return mixed, kept
 
@@ -146,15 +145,18 @@ class _Mixed(torch.autograd.Function):
         kept = [_Kept(*saved[i : i + 4]) for i in range(0, len(saved), 4)]
         of_qkv = gradient.new_empty(gradient.shape[0], 3 * gradient.shape[1])
         parts = unpacked(gradient, ctx.layout), unpacked(of_qkv, ctx.layout)
-        for of_one, given, place in zip(kept, *parts, strict=True):
-            heads = ctx.num_heads
-            query, key, value, weights = of_one
-            of_mixed = torch.unflatten(given, -1, (heads, -1)).transpose(1, 2).flatten(0, 1)  # [N h, T, d]
+        for (query, key, value, weights), given, place in zip(kept, *parts, strict=True):
+            of_query, of_key, of_value = _by_head(place, ctx.num_heads)
+            of_mixed = torch.unflatten(given, -1, (ctx.num_heads, -1)).transpose(1, 2).flatten(0, 1)  # [N h, T, d]
+            _put(torch.bmm(weights.transpose(1, 2), of_mixed), of_value)
             of_weights = torch.bmm(of_mixed, value.transpose(1, 2))
             of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            of_query = torch.bmm(of_scores, key).mul_(query.shape[-1] ** -0.5)
-            of_key = torch.bmm(of_scores.transpose(1, 2), query)
-            of_value = torch.bmm(weights.transpose(1, 2), of_mixed)
-            for one, of_heads in zip(_by_head(place, heads), (of_query, of_key, of_value), strict=True):
-                one.copy_(torch.unflatten(of_heads, 0, (-1, heads)))
+            del of_weights  # as large as the scores of all heads
+            _put(torch.bmm(of_scores, key).mul_(query.shape[-1] ** -0.5), of_query)
+            _put(torch.bmm(of_scores.transpose(1, 2), query), of_key)
         return of_qkv, None, None
+
+
+def _put(of_heads: Tensor, place: Tensor) -> None:
+    """`[N h, T, X]` into `[N, h, T, X]`."""
+    place.copy_(of_heads.view_as(place))
