@@ -1,7 +1,7 @@
 """Whole training steps on random views: teacher, student, loss, backward pass, clipping, AdamW, moving average.
 
-`of products` is the share of the rate at which the same machine, in the same rounds, multiplies matrices of the shapes
-of the ViT, in the contender's precision: the floating-point operations of the step's products, counted by
+`of products` is the share of the rate at which oneDNN (on CUDA, torch), in the same rounds, multiplies matrices of the
+shapes of the ViT, in the contender's precision: the floating-point operations of the step's products, counted by
 torch.utils.flop_counter on the baseline, by its time. Memory is the largest that the process held while it worked, on a
 CPU with the libraries that it imported: lightly's has lightly and timm beside torch.
 
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness import Contender, compare
 from benchmarks.options import Options
 from benchmarks.training_steps import baseline_networks, compose_step, list_of_views, random_views
+from dino.linear import product
 
 REFERENCES = ("baseline fp32", "baseline bf16")
 # Few at a time, so that nobody has to give memory back while others have their turn.
@@ -148,7 +149,7 @@ class Products:
     @torch.inference_mode()
     def __call__(self) -> None:
         for rows, weight in self.pairs:
-            torch.nn.functional.linear(rows, weight)
+            product(rows, weight)
 
     def answer(self) -> None:
         return None
