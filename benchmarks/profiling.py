@@ -24,7 +24,7 @@ KINDS = {
     "compiled": "compiledfxgraph|compiledfunction|torch-compiled|graph_|triton|inductor",
     "loss": "log_?softmax|cunn_softmax|logsumexp|exp(?!and)|log(?!ical)",  # cunn_softmax: of rows above 1,024
     "attention": "bmm|softmax|scaled_dot_product|flash|fmha",
-    "matrix products": "addmm|::mm|matmul|linear|convolution|gemm|cutlass|nvjet|xmma",
+    "matrix products": "addmm|::mm|matmul|linear|product|convolution|gemm|cutlass|nvjet|xmma",
     "optimizer and teacher": "adam|foreach|lerp|multi_tensor",
     "copies and casts": "copy|cat|clone|contiguous|memcpy|fill|zero|empty|memset",
     "GELU and LayerNorm": "gelu|layer_norm",
