@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dino.linear import HAS_BF16, HAS_ONEDNN, Linear, linear, product
+from dino.linear import HAS_BF16, HAS_ONEDNN, MANY_ROWS, Linear, linear, product
 
-# (rows, inputs, outputs): one row, odd sizes, many rows.
-SHAPES = [(1, 3, 2), (37, 24, 17), (1030, 64, 192)]
+# (rows, inputs, outputs): one row, odd sizes, more rows, so many that a convolution makes the product.
+SHAPES = [(1, 3, 2), (37, 24, 17), (1030, 64, 192), (MANY_ROWS + 3, 24, 17)]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def test_it_is_as_exact_as_torch(shape: tuple[int, int, int], dtype: torch.dtype
     assert found.output.dtype == dtype
     assert [gradient.dtype for gradient in found.gradients] == [dtype] * 3
     for ours, theirs in zip(distances(found, exact), distances(expected, exact), strict=True):
-        assert ours < 1.2 * theirs + 3 * torch.finfo(dtype).eps
+        assert ours < 1.2 * theirs + 8 * torch.finfo(dtype).eps  # sums of thousands, in another order
 
 
 @pytest.mark.skipif(not HAS_ONEDNN, reason="torch without oneDNN")
@@ -102,8 +102,9 @@ def test_a_product_keeps_its_type_inside_autocast(dtype: torch.dtype) -> None:
 @pytest.mark.slow  # compiles
 def test_compiled_it_is_the_same() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        tensors = made((37, 24, 17), dtype)
+        tensors = made((MANY_ROWS, 24, 17), dtype)
         compiled = torch.compile(linear, fullgraph=True)
         found, expected = run(compiled, tensors), run(linear, tensors)
-        torch.testing.assert_close(found.output, expected.output)
-        torch.testing.assert_close(found.gradients, expected.gradients)
+        rtol = 1e-4 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(found.output, expected.output, rtol=rtol, atol=rtol)
+        torch.testing.assert_close(found.gradients, expected.gradients, rtol=rtol, atol=rtol)
