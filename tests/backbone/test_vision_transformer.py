@@ -19,6 +19,10 @@ def tiny(**changes: Any) -> VisionTransformer:
     return VisionTransformer(**settings | changes)
 
 
+def gradients_of(module: nn.Module) -> dict[str, Tensor | None]:
+    return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
 @pytest.fixture(scope="module")
 def parity(reference: Any) -> tuple[VisionTransformer, dict[str, Any]]:
     """The backbone of model.npz, in float64, loaded strictly by the original's names."""
@@ -177,6 +181,23 @@ def test_drop_path_grows_linearly_and_draws_anew_for_each_branch() -> None:
     assert seen.min() > 0, "every sample is one of the four combinations"
     shares = torch.bincount(seen, minlength=5)[1:] / 3500
     torch.testing.assert_close(shares, torch.full((4,), 0.25), rtol=0, atol=0.035)
+
+
+@pytest.mark.slow  # compiles
+def test_compiled_it_is_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    views = [torch.randn(2, 3, 16, 16, generator=generator), torch.randn(4, 3, 8, 8, generator=generator)]
+    torch.manual_seed(0)
+    backbone = tiny()
+    expected = backbone(*views)
+    expected.square().sum().backward()
+    gradients = gradients_of(backbone)
+    backbone.zero_grad()
+    backbone.compile_parts()
+    found = backbone(*views)
+    found.square().sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients_of(backbone), gradients, rtol=1e-4, atol=1e-4)
 
 
 def test_drop_path_is_off_in_evaluation() -> None:

@@ -90,8 +90,35 @@ class MLP(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`[R, D]` -> `[R, D]`."""
-        projected: Tensor = self.fc2(F.gelu(self.fc1(tokens)))
+        projected: Tensor = self.fc2(gelu(self.fc1(tokens)))
         return projected
+
+
+def gelu(values: Tensor) -> Tensor:
+    """Exact GELU: on a CPU torch's own in compiled blocks too, as what torch.compile makes of it is slower there."""
+    if values.device.type == "cpu" and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        kept_whole: Tensor = _gelu(values)
+        return kept_whole
+    return F.gelu(values)
+
+
+@torch.library.custom_op("dino::gelu", mutates_args=())
+def _gelu(values: Tensor) -> Tensor:
+    return F.gelu(values)
+
+
+@torch.library.custom_op("dino::gelu_backward", mutates_args=())
+def _gelu_backward(gradient: Tensor, values: Tensor) -> Tensor:
+    of_values: Tensor = torch.ops.aten.gelu_backward(gradient, values)
+    return of_values
+
+
+_gelu.register_fake(torch.empty_like)
+_gelu_backward.register_fake(lambda gradient, values: torch.empty_like(values))
+_gelu.register_autograd(
+    lambda ctx, gradient: _gelu_backward(gradient, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 class DropPath(nn.Module):
