@@ -565,6 +565,21 @@ def test_an_infinite_loss_is_explained_and_passed_over(tmp_path: Path) -> None:
     assert allowed.returncode == 0, allowed.stderr
 
 
+@pytest.mark.slow
+def test_features_that_are_not_finite_end_a_run_like_a_loss_that_is_not(tmp_path: Path) -> None:
+    """One step so large that the network overflows, and then an evaluation of it."""
+    too_large = [
+        "optimizer.lr=1e30",
+        "schedule.lr.warmup_epochs=0",
+        "trainer.epochs=1",
+        "trainer.limit_steps_per_epoch=1",
+    ]
+    result = train("run_dir=run", *too_large, cwd=tmp_path)
+    assert result.returncode == 3, result.stdout + result.stderr
+    assert "k-NN got features that are not finite: the network that made them has diverged" in result.stdout
+    assert status(tmp_path / "run")["exit_code"] == 3
+
+
 def read_json(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text())
     return content

@@ -36,6 +36,13 @@ class NonFiniteError(RuntimeError):
     """More steps than allowed had a loss or a gradient that is not finite; none of them changed anything."""
 
 
+class NonFiniteFeaturesError(ValueError):
+    """Features that are not finite, so that nothing can be said of them."""
+
+    def __init__(self, judge: str) -> None:
+        super().__init__(f"{judge} got features that are not finite: the network that made them has diverged")
+
+
 class CollapseError(RuntimeError):
     """The run will not recover, and was asked to stop then; its last state is saved."""
 
@@ -221,7 +228,7 @@ class Run:
 
 def exit_code(error: BaseException) -> int:
     """The exit code of a run that ends with `error`."""
-    if isinstance(error, NonFiniteError):
+    if isinstance(error, NonFiniteError | NonFiniteFeaturesError):
         return EXIT_NON_FINITE
     if isinstance(error, CollapseError):
         return EXIT_COLLAPSED

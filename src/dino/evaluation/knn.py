@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from dino import preemption
 from dino.ranks import any_rank, gather_objects, own_part
+from dino.run import NonFiniteFeaturesError
 
 log = logging.getLogger("dino")
 
@@ -64,7 +65,8 @@ def knn_classify(
         The result for each k of `neighbours`, in their order.
 
     Raises:
-        ValueError: for empty, non-finite or mismatched features, labels outside of 0 to C - 1, or options out of range.
+        ValueError: for empty or mismatched features, labels outside of 0 to C - 1, or options out of range.
+        NonFiniteFeaturesError: for features that are not finite.
         Preempted: a signal came to this rank or another.
     """
     _check(bank_features, bank_labels, num_classes, "bank")
@@ -84,7 +86,7 @@ def knn_classify(
         )
         # NaN counts as the largest value in topk and sort, so a single broken row shows here.
         if any_rank(not bool(similarities.isfinite().all())):
-            raise ValueError("k-NN got features that are not finite: the network that made them has diverged")
+            raise NonFiniteFeaturesError("k-NN")
         # Relative to the nearest neighbour, which leaves the order of the votes as it is and cannot overflow.
         weights = ((similarities - similarities[:, :1]) / temperature).exp()
         labels = bank_labels.to(device)[rows]

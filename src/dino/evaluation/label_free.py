@@ -20,6 +20,7 @@ from dino.evaluation.held_out_views import held_out_views, in_batches
 from dino.evaluation.inputs import EvaluationInputs, FeatureInputs
 from dino.evaluation.knn import QUERY_CHUNK, nearest_neighbours
 from dino.evaluation.splits import Once, evaluation_loader, held_out_or_training, limited, smaller
+from dino.run import NonFiniteFeaturesError
 
 
 @dataclass(kw_only=True)
@@ -57,7 +58,8 @@ class RankEvaluator:
         """All three values.
 
         Raises:
-            ValueError: features that are not finite, or no image that can be read.
+            ValueError: no image that can be read.
+            NonFiniteFeaturesError: for features that are not finite.
             Preempted: a signal came to this rank or another.
         """
         if inputs.dataset.evaluation() is None:
@@ -118,10 +120,10 @@ def effective_rank(features: Tensor) -> float:
     0 needs no epsilon; features that are all 0 count as rank 1, as other constant ones.
 
     Raises:
-        ValueError: for features that are not finite.
+        NonFiniteFeaturesError: for features that are not finite.
     """
     if not features.isfinite().all():
-        raise ValueError("effective rank got features that are not finite: the network that made them has diverged")
+        raise NonFiniteFeaturesError("effective rank")
     singular_values = torch.linalg.svdvals(features.double())
     shares = singular_values / singular_values.sum().clamp(min=torch.finfo(torch.float64).tiny)
     rank: float = torch.special.entr(shares).sum().exp().item()
@@ -144,11 +146,11 @@ def retrieval_top1(queries: Tensor, bank: Tensor, device: torch.device) -> float
     same features; each looks up its own part of the queries.
 
     Raises:
-        ValueError: for features that are not finite.
+        NonFiniteFeaturesError: for features that are not finite.
         Preempted: a signal came to this rank or another.
     """
     if not (queries.isfinite().all() and bank.isfinite().all()):
-        raise ValueError("view retrieval got features that are not finite: the network that made them has diverged")
+        raise NonFiniteFeaturesError("view retrieval")
     own = ranks.own_part(len(queries), QUERY_CHUNK)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         _, rows = nearest_neighbours(bank, queries[own], 1, device=device)

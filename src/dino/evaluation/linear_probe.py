@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dino import preemption
+from dino.run import NonFiniteFeaturesError
 
 MOMENTUM = 0.9  # of the original, which has no weight decay
 INITIAL_STD = 0.01
@@ -63,10 +64,10 @@ def train_probes(
         device: where the probes are trained; None: where the features are. Moved there: one batch at a time.
 
     Raises:
-        ValueError: for features that are not finite.
+        NonFiniteFeaturesError: for features that are not finite.
     """
     if not features.isfinite().all():
-        raise ValueError("the linear probe got features that are not finite: the network that made them has diverged")
+        raise NonFiniteFeaturesError("the linear probe")
     device = features.device if device is None else device
     generator = torch.Generator().manual_seed(seed)
     initial = torch.randn(num_classes, features.shape[1], generator=generator) * INITIAL_STD
