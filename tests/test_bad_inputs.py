@@ -81,6 +81,9 @@ CASES: dict[str, list[str]] = {
     "-m loss.student_tmp=0.1,0.2": ["loss.student_tmp: there is no such key; did you mean loss.student_temp?"],
     "-m trainer.epochs = 5 seed=0,1": ["trainer.epochs = 5: write trainer.epochs=5, without spaces"],
     "run_dir=/etc/passwd/run": ["run_dir=/etc/passwd/run: /etc/passwd is not a folder"],
+    "run_dir=": ["run_dir=: it is empty; give the folder"],
+    "name=../elsewhere": ["name=../elsewhere: it is a part of the run's path"],
+    "name=": ["name=: it is a part of the run's path; give one that is not empty"],
     "trainer.device=tpu": ["trainer.device=tpu: use auto or cpu or cuda"],
     "-m run_dir=here seed=0,1": ["run_dir with -m: every point needs a directory of its own"],
     # surviving

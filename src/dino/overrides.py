@@ -98,11 +98,11 @@ def _without_spaced(words: list[str]) -> tuple[list[str], list[list[str]]]:
 def _unreadable(line: str) -> str:
     key, equals, value = line.partition("=")
     if not equals:
-        return f"{line}: write a setting as key=value, such as trainer.epochs=5"
+        return f"{line}: write a setting as key=value, such as trainer.epochs=20"
     if not key.strip("+~ "):
-        return f"{line}: there is no key before the =; write key=value, such as trainer.epochs=5"
+        return f"{line}: there is no key before the =; write key=value, such as trainer.epochs=20"
     if key != key.strip() or not re.fullmatch(r"[+~]{0,2}[\w@./:-]+", key):
-        return f"{line}: {key!r} cannot be a key; write key=value, such as trainer.epochs=5"
+        return f"{line}: {key!r} cannot be a key; write key=value, such as trainer.epochs=20"
     quoted = value.replace("\\", "\\\\").replace('"', '\\"')
     return f"{line}: the value cannot be read as it stands; quote it, twice because of the shell: '{key}=\"{quoted}\"'"
 

@@ -231,8 +231,12 @@ def _sharded(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _paths(values: Mapping[str, Any]) -> Iterator[str]:
     """Paths at which nothing lies, or nothing can be written."""
-    run_dir = values.get("run_dir")
-    if run_dir is not None:
+    name, run_dir = str(values.get("name")), values.get("run_dir")
+    if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
+        yield f"name={name}: it is a part of the run's path; give one that is not empty, without .. or a leading /"
+    if run_dir is not None and not str(run_dir).strip():
+        yield "run_dir=: it is empty; give the folder for the files of the run, or leave it out"
+    elif run_dir is not None:
         folder = Path(run_dir).absolute()
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
