@@ -33,7 +33,12 @@ BANK = 20_000  # training images that vote; the held-out images are all classifi
 
 
 def measure(options: Options) -> list[dict[str, Any]]:
-    settings = {"root": str(options.data.expanduser().absolute()), "epochs": options.epochs, "steps": None}
+    settings = {
+        "root": str(options.data.expanduser().absolute()),
+        "epochs": options.epochs,
+        "steps": None,
+        "seed": options.seed,
+    }
     if options.quick:
         settings |= {"epochs": 1, "steps": 2}
     recipe = compose(["experiment=fashion_mnist"])
@@ -61,7 +66,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
     finally:
         for process in running.values():
             process.end()
-    return [summarise(curves)]
+    return [{"name": f"Fashion-MNIST, seed {options.seed}, on the CPU", **summarise(curves)}]
 
 
 def summarise(curves: dict[str, list[list[float]]]) -> dict[str, Any]:
@@ -86,7 +91,7 @@ def summarise(curves: dict[str, list[list[float]]]) -> dict[str, Any]:
         f"seconds to {reached:.1f} %",
         *(f"times {name}" for name in baselines),
     ]
-    return {"name": "Fashion-MNIST, on the CPU", "columns": columns, "rows": rows, "curves": curves}
+    return {"columns": columns, "rows": rows, "curves": curves}
 
 
 def seconds_to(accuracy: float, curve: list[list[float]]) -> float:
@@ -102,11 +107,11 @@ def seconds_to(accuracy: float, curve: list[list[float]]) -> float:
 class Recipe(ABC):
     """Trains an epoch a call; the answer is the k-NN accuracy of the teacher now [%]."""
 
-    def __init__(self, device: torch.device, root: str, epochs: int, steps: int | None) -> None:
+    def __init__(self, device: torch.device, root: str, epochs: int, steps: int | None, seed: int) -> None:
         world_size = ranks.world_size()
         self.config: DictConfig = compose(
             [
-                *("experiment=fashion_mnist", f"dataset.root={root}", f"trainer.epochs={epochs}"),
+                *("experiment=fashion_mnist", f"dataset.root={root}", f"trainer.epochs={epochs}", f"seed={seed}"),
                 f"trainer.limit_steps_per_epoch={'null' if steps is None else steps}",
             ]
         )
@@ -144,11 +149,11 @@ class Recipe(ABC):
 class Ours(Recipe):
     """What `python train.py experiment=fashion_mnist` does between two evaluations."""
 
-    def __init__(self, device: torch.device, root: str, epochs: int, steps: int | None) -> None:
-        super().__init__(device, root, epochs, steps)
+    def __init__(self, device: torch.device, root: str, epochs: int, steps: int | None, seed: int) -> None:
+        super().__init__(device, root, epochs, steps, seed)
         self.augmentation = make_augmentation(self.config)
         self.loader = TrainLoader(
-            self.dataset, self.augmentation, seed=0, rank=ranks.rank(), world_size=ranks.world_size()
+            self.dataset, self.augmentation, seed=seed, rank=ranks.rank(), world_size=ranks.world_size()
         )
         self.steps_per_epoch = steps or self.loader.num_batches
         self.step = OurStep(self.config, device, self.steps_per_epoch).train_step
@@ -166,8 +171,10 @@ class Ours(Recipe):
 class Baseline(Recipe):
     """The textbook's step fed by a DataLoader of PIL views, on the schedules of the recipe."""
 
-    def __init__(self, device: torch.device, root: str, epochs: int, steps: int | None, precision: str) -> None:
-        super().__init__(device, root, epochs, steps)
+    def __init__(
+        self, device: torch.device, root: str, epochs: int, steps: int | None, seed: int, precision: str
+    ) -> None:
+        super().__init__(device, root, epochs, steps, seed)
         images = self.dataset.train().images
         assert images is not None
         batch = self.config.dataset.batch_size

@@ -102,7 +102,7 @@ class OurStep(StepWork):
         super().__init__(random_views(config, device))
         options = build(config, "trainer")
         precision = prepare_process(replace(options, device=device.type, num_threads=None))  # threads: the harness's
-        set_seeds(0)
+        set_seeds(config.seed)
         self.train_step = build_step(config, options, precision, steps_per_epoch, config.dataset.batch_size)
 
     def train(self) -> Tensor:
@@ -234,7 +234,7 @@ def baseline_training(config: DictConfig, precision: str, device: torch.device) 
 
 def our_weights(config: DictConfig) -> dict[str, Tensor]:
     """Of the student that `OurStep` starts with."""
-    set_seeds(0)
+    set_seeds(config.seed)
     backbone = build(config, "backbone")
     head = build(config, "head", in_dim=backbone.embed_dim)
     return {
