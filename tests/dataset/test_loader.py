@@ -224,6 +224,36 @@ def test_workers_survive_the_signals_that_preempt_a_run(number: signal.Signals) 
     assert not any(worker.is_alive() for worker in workers)
 
 
+@pytest.mark.parametrize("number", preemption.SIGNALS)
+def test_workers_survive_signals_while_they_start(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_num_threads = torch.set_num_threads
+
+    def signalled(num_threads: int) -> None:
+        """The DataLoader calls it in a worker, after it has set a handler of its own for SIGTERM."""
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), number)
+        set_num_threads(num_threads)
+
+    monkeypatch.setattr(torch, "set_num_threads", signalled)
+    assert_same(list(TrainLoader(memory(num_workers=2), crops(1), seed=0).epoch(0)), epoch_of(memory()))
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(preemption.SIGNALS)
+
+
+def test_an_error_that_still_refers_to_the_loader_does_not_hang_the_exit() -> None:
+    """As it is at an uncaught error: its traceback is kept until Python ends."""
+    program = (
+        "from test_loader import TrainLoader, crops, memory\n"
+        "augmentation = crops(1)\n"
+        "augmentation.views = None\n"
+        "next(TrainLoader(memory(num_workers=2), augmentation, seed=0).epoch(0))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("TypeError: 'NoneType' object is not callable")  # and nothing of the exit
+
+
 @pytest.mark.parametrize("kind", ["training", "evaluation"])
 def test_signals_to_the_whole_group_leave_the_loader_reading(kind: str) -> None:
     """One of each kind: the main process notes them, the workers ignore them, and every batch comes."""

@@ -2,7 +2,8 @@
 
 import atexit
 import contextlib
-import multiprocessing.util  # noqa: F401  its exit hook is registered first, so that it runs after ours
+import multiprocessing
+import multiprocessing.util  # its exit hook is registered first, so that it runs after ours
 import signal
 import warnings
 import weakref
@@ -53,7 +54,8 @@ def iterate(
         generator=torch.Generator().manual_seed(0),  # otherwise the DataLoader draws from the global stream
         prefetch_factor=PREFETCHED_BATCHES if num_workers else None,
     )
-    items = _drain(iter(loader))
+    with _signals_held():
+        items = _drain(iter(loader))
     _running.add(items)
     return items
 
@@ -66,14 +68,37 @@ def _as_it_is(item: Item) -> Item:
     return item
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals that come wait until the end, for this thread and for processes that it starts.
+
+    A worker would die of a SIGTERM between the handlers that the DataLoader sets in it and `_ignore_signals`.
+    """
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+
+
 def _ignore_signals(_worker: int) -> None:
     for number in preemption.SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)  # also forgets those that wait
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, preemption.SIGNALS)
 
 
 @atexit.register
 def _stop_workers() -> None:
-    """Without this a loader that is still referred to at exit would hang it: Python sends its workers SIGTERM."""
+    """Ends workers that live at exit. Python would send them SIGTERM, which they ignore, and wait for ever.
+
+    Loaders that are still referred to stop theirs in order. What is left, after an error in the midst of a batch whose
+    traceback still refers to the loader, is killed.
+    """
     for items in list(_running):
         with contextlib.suppress(ValueError):  # the generator is running, in a thread
             items.close()
+    left = [child for child in multiprocessing.active_children() if child.daemon]
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's would raise an error for each
+        for child in left:
+            child.kill()
