@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dino.linear import HAS_BF16, HAS_ONEDNN, MANY_ROWS, Linear, linear, product
+from dino.linear import HAS_BF16, HAS_ONEDNN, MANY_NUMBERS, MANY_ROWS, Linear, linear, product
 
-# (rows, inputs, outputs): one row, odd sizes, more rows, so many that a convolution makes the product.
-SHAPES = [(1, 3, 2), (37, 24, 17), (1030, 64, 192), (MANY_ROWS + 3, 24, 17)]
+# (rows, inputs, outputs): one row, odd sizes, more rows, so many that a convolution makes the product, and so many
+# numbers that a product makes the sum.
+SHAPES = [(1, 3, 2), (37, 24, 17), (1030, 64, 192), (MANY_ROWS + 3, 24, 17), (MANY_ROWS, 24, MANY_NUMBERS // MANY_ROWS)]
 
 
 @dataclass(frozen=True)

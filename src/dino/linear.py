@@ -16,6 +16,7 @@ from torch.nn import functional as F
 HAS_ONEDNN: Final[bool] = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 HAS_BF16: Final[bool] = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 MANY_ROWS: Final = 4096  # from which oneDNN makes a convolution by single pixels faster than the same product
+MANY_NUMBERS: Final = 2**20  # from which their sums in bf16 take longer than a product with ones
 
 
 class Linear(nn.Linear):
@@ -118,8 +119,8 @@ def _weight_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
 
 
 def _sum_of_rows(gradient: Tensor) -> Tensor:
-    """`[N, K]` -> `[K]`; of bf16 as a product, as torch's own sum of it is slow."""
-    if gradient.dtype == torch.bfloat16:
+    """`[N, K]` -> `[K]`; of much bf16 as a product, as torch's own sum of it is slow."""
+    if gradient.dtype == torch.bfloat16 and gradient.numel() >= MANY_NUMBERS:
         return (gradient.new_ones(1, len(gradient)) @ gradient)[0]
     return gradient.sum(dim=0)
 

@@ -63,12 +63,25 @@ def test_that_of_the_class_tokens_is_a_part_of_it(num_heads: int) -> None:
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-10, atol=1e-12, msg=name)
 
 
+@pytest.mark.slow  # compiles
+@pytest.mark.parametrize("num_heads", [1, 3])
+def test_compiled_it_is_the_same_in_one_piece(num_heads: int) -> None:
+    attention, tokens = made(num_heads)
+    tokens.requires_grad_()
+    found, expected = torch.compile(attention, fullgraph=True)(tokens, LAYOUT), attention(tokens, LAYOUT)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    expected_gradients = gradients(expected, attention, tokens)
+    for name, gradient in gradients(found, attention, tokens).items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("lengths", [(50, 10), (17, 31), (16, 32)])
 @pytest.mark.parametrize("class_tokens", [False, True])
-def test_bf16_is_no_further_from_float64_than_plain_autocast(class_tokens: bool) -> None:
+def test_bf16_is_no_further_from_float64_than_plain_autocast(class_tokens: bool, lengths: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    layout = [Sequences(8, 50), Sequences(8, 10)]
+    layout = [Sequences(8, length) for length in lengths]
     exact = Attention(64, 4).double()
-    tokens = torch.randn(8 * 60, 64, dtype=torch.float64)
+    tokens = torch.randn(8 * sum(lengths), 64, dtype=torch.float64)
     first = torch.cat([batch[:, 0] for batch in unpacked(torch.arange(len(tokens))[:, None], layout)]).flatten()
     attention = Attention(64, 4)
     attention.load_state_dict(exact.state_dict())

@@ -67,6 +67,10 @@ class Attention(nn.Module):
         """softmax(q k^T / sqrt(d)) v of every batch: `[R, 3 D]` -> `[R, D]`."""
         if torch.compiler.is_exporting():
             return _mix(qkv, layout, self.num_heads)[0]
+        if torch.compiler.is_compiling():
+            numbers = [number for of_one in layout for number in of_one]
+            made: list[Tensor] = _mixed_and_kept(qkv, numbers, self.num_heads)
+            return made[0]
         mixed: Tensor = _Mixed.apply(qkv, layout, self.num_heads)
         return mixed
 
@@ -93,7 +97,7 @@ class Attention(nn.Module):
     def weights(self, tokens: Tensor, layout: Layout) -> list[Tensor]:
         """`[R, D]` -> softmax(q k^T / sqrt(d)) of every batch, `[N, h, T, T]` each; rows sum to 1."""
         split = [_by_head(part, self.num_heads) for part in unpacked(self.qkv(tokens), layout)]
-        return [(query * query.shape[-1] ** -0.5 @ key.transpose(2, 3)).softmax(dim=-1) for query, key, _ in split]
+        return [_softmax(query * query.shape[-1] ** -0.5 @ key.transpose(2, 3)) for query, key, _ in split]
 
 
 class _Kept(NamedTuple):
@@ -105,22 +109,61 @@ class _Kept(NamedTuple):
     weights: Tensor  # [N h, T, T], after softmax
 
 
-def _mix(qkv: Tensor, layout: Layout, num_heads: int) -> tuple[Tensor, list[_Kept]]:
-    """`[R, 3 D]` -> softmax(q k^T / sqrt(d)) v of every batch, `[R, D]`, and what it is made of; without gradient."""
+def _mix(qkv: Tensor, layout: Layout, num_heads: int) -> tuple[Tensor, list[Tensor]]:
+    """`[R, 3 D]` -> softmax(q k^T / sqrt(d)) v of every batch, `[R, D]`, and `_Kept` of all; without gradient."""
     mixed = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
-    kept = []
+    kept: list[Tensor] = []
     for part, place in zip(unpacked(qkv, layout), unpacked(mixed, layout), strict=True):
-        query, key, value = (one.flatten(0, 1) for one in _by_head(part, num_heads))
+        query, key, value = (one.flatten(0, 1).contiguous() for one in _by_head(part, num_heads))
         query = query * query.shape[-1] ** -0.5
         weights = _weights(query, key)
         _put(torch.bmm(weights, value), torch.unflatten(place, -1, (num_heads, -1)).transpose(1, 2))
-        kept.append(_Kept(query, key, value, weights))
+        kept += _Kept(query, key, value, weights)
     return mixed, kept
+
+
+def _mix_backward(gradient: Tensor, kept: Sequence[Tensor], layout: Layout, num_heads: int) -> Tensor:
+    """`[R, D]` -> `[R, 3 D]`: by hand, since each part then is copied once, to where it belongs in the matrix."""
+    of_qkv = gradient.new_empty(gradient.shape[0], 3 * gradient.shape[1])
+    of_batches = [_Kept(*kept[i : i + 4]) for i in range(0, len(kept), 4)]
+    parts = unpacked(gradient, layout), unpacked(of_qkv, layout)
+    for (query, key, value, weights), given, place in zip(of_batches, *parts, strict=True):
+        of_query, of_key, of_value = _by_head(place, num_heads)
+        of_mixed = torch.unflatten(given, -1, (num_heads, -1)).transpose(1, 2).flatten(0, 1)  # [N h, T, d]
+        _put(torch.bmm(weights.transpose(1, 2), of_mixed), of_value)
+        of_weights = torch.bmm(of_mixed, value.transpose(1, 2))
+        of_scores = _softmax_backward(of_weights, weights)
+        del of_weights  # as large as the scores of all heads
+        _put(torch.bmm(of_scores, key).mul_(query.shape[-1] ** -0.5), of_query)
+        _put(torch.bmm(of_scores.transpose(1, 2), query), of_key)
+    return of_qkv
 
 
 def _weights(query: Tensor, key: Tensor) -> Tensor:
     """softmax(q k^T), where q is divided by sqrt(d): `[n, T', X]`, `[n, T, X]` -> `[n, T', T]`."""
-    return torch.bmm(query, key.transpose(1, 2)).softmax(dim=-1)
+    return _softmax(torch.bmm(query, key.transpose(1, 2)))
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension, of any length."""
+    if _is_faster_in_float32(scores):
+        return scores.float().softmax(dim=-1).to(scores.dtype)
+    return scores.softmax(dim=-1)
+
+
+def _softmax_backward(gradient: Tensor, weights: Tensor) -> Tensor:
+    if _is_faster_in_float32(weights):
+        in_float32 = torch._softmax_backward_data(gradient.float(), weights.float(), -1, torch.float32)
+        return in_float32.to(weights.dtype)
+    return torch._softmax_backward_data(gradient, weights, -1, weights.dtype)
+
+
+def _is_faster_in_float32(rows: Tensor) -> bool:
+    """Whether the rows fill a vector of the CPU in float32 but not in bf16, where torch then takes number by number.
+
+    The values are the same, as it computes them in float32 either way.
+    """
+    return rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and 16 <= rows.shape[-1] < 32
 
 
 def _by_head(qkv: Tensor, num_heads: int) -> Tensor:
@@ -128,35 +171,69 @@ def _by_head(qkv: Tensor, num_heads: int) -> Tensor:
     return torch.unflatten(qkv, -1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
 
 
+def _put(of_heads: Tensor, place: Tensor) -> None:
+    """`[N h, T, X]` into `[N, h, T, X]`."""
+    place.copy_(of_heads.view_as(place))
+
+
 class _Mixed(torch.autograd.Function):
-    """`_mix` with a gradient: by hand, since it then is copied once, to where it belongs in the matrix `[R, 3 D]`."""
+    """`_mix` with a gradient."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, layout: Layout, num_heads: int) -> Tensor:
         mixed, kept = _mix(qkv, layout, num_heads)
-        ctx.save_for_backward(*[tensor for of_one in kept for tensor in of_one])
+        ctx.save_for_backward(*kept)
         ctx.layout, ctx.num_heads = layout, num_heads
         return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        saved = ctx.saved_tensors
-        kept = [_Kept(*saved[i : i + 4]) for i in range(0, len(saved), 4)]
-        of_qkv = gradient.new_empty(gradient.shape[0], 3 * gradient.shape[1])
-        parts = unpacked(gradient, ctx.layout), unpacked(of_qkv, ctx.layout)
-        for (query, key, value, weights), given, place in zip(kept, *parts, strict=True):
-            of_query, of_key, of_value = _by_head(place, ctx.num_heads)
-            of_mixed = torch.unflatten(given, -1, (ctx.num_heads, -1)).transpose(1, 2).flatten(0, 1)  # [N h, T, d]
-            _put(torch.bmm(weights.transpose(1, 2), of_mixed), of_value)
-            of_weights = torch.bmm(of_mixed, value.transpose(1, 2))
-            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            del of_weights  # as large as the scores of all heads
-            _put(torch.bmm(of_scores, key).mul_(query.shape[-1] ** -0.5), of_query)
-            _put(torch.bmm(of_scores.transpose(1, 2), query), of_key)
-        return of_qkv, None, None
+        return _mix_backward(gradient, ctx.saved_tensors, ctx.layout, ctx.num_heads), None, None
 
 
-def _put(of_heads: Tensor, place: Tensor) -> None:
-    """`[N h, T, X]` into `[N, h, T, X]`."""
-    place.copy_(of_heads.view_as(place))
+# The same as operations that torch.compile takes as they are: what it makes of the copies and the softmax is slower on
+# a CPU, and so is leaving the compiled block for them. Uncompiled, such an operation costs more than a Function.
+
+
+def _layout(numbers: Sequence[int]) -> Layout:
+    """Of `[N_1, T_1, N_2, T_2, ...]`, since operations take plain numbers."""
+    return [Sequences(*numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
+
+
+@torch.library.custom_op("dino::mix", mutates_args=())
+def _mixed_and_kept(qkv: Tensor, layout: Sequence[int], num_heads: int) -> list[Tensor]:
+    mixed, kept = _mix(qkv, _layout(layout), num_heads)
+    return [mixed, *kept]
+
+
+@_mixed_and_kept.register_fake
+def _(qkv: Tensor, layout: Sequence[int], num_heads: int) -> list[Tensor]:
+    num_features = qkv.shape[1] // 3
+    width = num_features // num_heads
+    made = [qkv.new_empty(qkv.shape[0], num_features)]
+    for images, length in _layout(layout):
+        made += [qkv.new_empty(images * num_heads, length, last) for last in (width, width, width, length)]
+    return made
+
+
+@torch.library.custom_op("dino::mix_backward", mutates_args=())
+def _of_qkv(gradient: Tensor, kept: Sequence[Tensor], layout: Sequence[int], num_heads: int) -> Tensor:
+    return _mix_backward(gradient, kept, _layout(layout), num_heads)
+
+
+@_of_qkv.register_fake
+def _(gradient: Tensor, kept: Sequence[Tensor], layout: Sequence[int], num_heads: int) -> Tensor:
+    return gradient.new_empty(gradient.shape[0], 3 * gradient.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Sequence[int], int], output: list[Tensor]) -> None:
+    _, ctx.layout, ctx.num_heads = inputs
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor, None, None]:
+    return _of_qkv(gradients[0], ctx.saved_tensors, ctx.layout, ctx.num_heads), None, None
+
+
+_mixed_and_kept.register_autograd(_backward, setup_context=_keep)

@@ -166,12 +166,8 @@ class VisionTransformer(Backbone):
         return list(self.blocks)  # type: ignore[arg-type]
 
     def compile_parts(self) -> None:
-        """Block by block: one of them is compiled in seconds, and its code serves all.
-
-        But for the attention itself: code that is made of its copies and softmax is slower on a CPU.
-        """
+        """Block by block: one of them is compiled in seconds, and its code serves all."""
         for block in self._blocks:
-            block.attn.mix = torch.compiler.disable(block.attn.mix)  # type: ignore[method-assign, no-untyped-call]
             block.compile()
 
 
