@@ -235,7 +235,7 @@ def test_koleo_equals_its_formula_on_the_global_views_only() -> None:
 
 def test_koleo_of_one_image_is_zero() -> None:
     features = torch.randn(1, 4, requires_grad=True)
-    assert koleo_loss(features) == 0
+    assert koleo_loss(features[None]) == 0
     student, teacher = logits(3, 2, 1, 8)
     terms = make_loss(8, koleo_weight=1.0)(student, teacher, 2, 0.05, features.expand(3, -1))
     terms.total.backward()
@@ -244,7 +244,7 @@ def test_koleo_of_one_image_is_zero() -> None:
 
 def test_koleo_of_equal_features_is_finite_in_value_and_gradient() -> None:
     features = torch.ones(4, 8, requires_grad=True)
-    value = koleo_loss(features)
+    value = koleo_loss(features[None])
     value.backward()
     assert torch.isfinite(value)
     assert torch.isfinite(features.grad).all()
@@ -252,7 +252,7 @@ def test_koleo_of_equal_features_is_finite_in_value_and_gradient() -> None:
 
 def test_koleo_pushes_neighbours_apart() -> None:
     angles = torch.tensor([0.0, 0.1, 2.0, 4.0], requires_grad=True)
-    koleo_loss(torch.stack([angles.cos(), angles.sin()], dim=1)).backward()
+    koleo_loss(torch.stack([angles.cos(), angles.sin()], dim=1)[None]).backward()
     assert angles.grad[0] > 0 > angles.grad[1]  # going down the gradient takes 0 and 0.1 apart
 
 

@@ -204,8 +204,7 @@ class DINOLoss(nn.Module):
             raise ValueError(
                 f"loss.koleo_weight={self.koleo_weight} needs the student's features: pass student_features"
             )
-        views = features.chunk(num_views)[:num_global_views]
-        return _summed([koleo_loss(view) for view in views]) / num_global_views
+        return koleo_loss(torch.unflatten(features, 0, (num_views, -1))[:num_global_views])
 
 
 def _shape(output: Tensor | Projection) -> tuple[int, ...]:
