@@ -97,7 +97,7 @@ class Attention(nn.Module):
     def weights(self, tokens: Tensor, layout: Layout) -> list[Tensor]:
         """`[R, D]` -> softmax(q k^T / sqrt(d)) of every batch, `[N, h, T, T]` each; rows sum to 1."""
         split = [_by_head(part, self.num_heads) for part in unpacked(self.qkv(tokens), layout)]
-        return [_softmax(query * query.shape[-1] ** -0.5 @ key.transpose(2, 3)) for query, key, _ in split]
+        return [(query * query.shape[-1] ** -0.5 @ key.transpose(2, 3)).softmax(dim=-1) for query, key, _ in split]
 
 
 class _Kept(NamedTuple):
@@ -145,7 +145,7 @@ def _weights(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    """Over the last dimension, of any length."""
+    """Over the last dimension."""
     if _is_faster_in_float32(scores):
         return scores.float().softmax(dim=-1).to(scores.dtype)
     return scores.softmax(dim=-1)
@@ -161,7 +161,7 @@ def _softmax_backward(gradient: Tensor, weights: Tensor) -> Tensor:
 def _is_faster_in_float32(rows: Tensor) -> bool:
     """Whether the rows fill a vector of the CPU in float32 but not in bf16, where torch then takes number by number.
 
-    The values are the same, as it computes them in float32 either way.
+    The values are the same but for a rare last digit, as it computes them in float32 either way.
     """
     return rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and 16 <= rows.shape[-1] < 32
 

@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import multiprocessing
 import multiprocessing.util  # its exit hook is registered first, so that it runs after ours
 import signal
 import warnings
