@@ -129,22 +129,20 @@ def crop_one_by_one(
 
 
 def crop_by_matrices(images: Tensor, boxes: Ints, flips: Bools, size: int, interpolation: Interpolation) -> Tensor:
-    """`crop` with two matrix products for all images of a view; the pixels are Pillow's."""
+    """`crop` with two matrix products for all views of an image; the pixels are Pillow's."""
     num_images, num_channels, height, width = images.shape
-    across = _resize_weights(width, size, interpolation)  # [W, W, W, S]
-    down = _resize_weights(height, size, interpolation)
-    exact = images.to(torch.float64).view(num_images, num_channels * height, width)
-    views = torch.empty(len(boxes), num_images, num_channels, size, size, dtype=torch.uint8)
-    for view, box in zip(views, torch.from_numpy(boxes), strict=True):
-        top, left, box_height, box_width = box.unbind(dim=-1)
-        rows = _round(torch.bmm(exact, across[left, box_width - 1]))  # [B, C*H, S]
-        rows = rows.view(num_images, num_channels, height, size).transpose(2, 3).reshape(num_images, -1, height)
-        columns = _round(torch.bmm(rows, down[top, box_height - 1]))  # [B, C*S, S], transposed
-        view.copy_(columns.view(num_images, num_channels, size, size).transpose(2, 3))
-    mirrored = torch.from_numpy(flips)
-    if flips.any():
-        views[mirrored] = views[mirrored].flip(-1)
-    return views
+    num_crops = num_images * len(boxes)
+    # In the order of the images [B, V], so that one product makes all views of an image from its pixels as they lie.
+    top, left, box_height, box_width = torch.from_numpy(np.ascontiguousarray(boxes.T))
+    mirrored = torch.from_numpy(flips.T.astype(np.int64, order="C"))
+    across = _resize_weights(width, size, interpolation)[mirrored, left, box_width - 1]  # [B, V, S, W]
+    down = _resize_weights(height, size, interpolation)[0, top, box_height - 1]  # [B, V, S, H]
+    columns = images.to(torch.float64).flatten(1, 2).transpose(1, 2)  # [B, W, C*H]
+    resized = _round(torch.bmm(across.flatten(1, 2), columns))  # [B, V*S, C*H]
+    rows = resized.view(num_crops, size, num_channels, height).transpose(1, 2).reshape(num_crops, -1, height)
+    turned = _round(torch.bmm(rows, down.flatten(0, 1).transpose(1, 2)))  # [B*V, C*S, S]: column by column
+    turned = turned.view(num_images, -1, num_channels, size, size)
+    return turned.permute(1, 0, 2, 4, 3).to(torch.uint8, memory_format=torch.contiguous_format)
 
 
 def _round(x: Tensor) -> Tensor:
@@ -153,12 +151,13 @@ def _round(x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _resize_weights(in_size: int, out_size: int, interpolation: Interpolation) -> Tensor:
-    """Weights of every box along one side: [start, length - 1, input pixel, output pixel], float64."""
-    weights = torch.zeros(in_size, in_size, in_size, out_size, dtype=torch.float64)
+    """Weights of every box along one side: [mirrored, start, length - 1, output pixel, input pixel], float64."""
+    weights = torch.zeros(2, in_size, in_size, out_size, in_size, dtype=torch.float64)
     for length in range(1, in_size + 1):
-        of_length = torch.from_numpy(resize_matrix(length, out_size, interpolation).T)
+        of_length = torch.from_numpy(resize_matrix(length, out_size, interpolation))
         for start in range(in_size - length + 1):
-            weights[start, length - 1, start : start + length] = of_length
+            weights[0, start, length - 1, :, start : start + length] = of_length
+    weights[1] = weights[0].flip(2)
     return weights
 
 

@@ -10,13 +10,16 @@ travel in one copy that does not block.
 Shapes: N images, n those an operation touches, C channels, S x S image size.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dino.augmentation.jitter_matrix import LUMA, jitter_matrices
@@ -26,6 +29,9 @@ JitterForm = Literal["exact", "matrix"]
 
 _BLUR_TILE: Final = 32  # output pixels per matrix product: small ones save arithmetic, large ones calls
 BLUR_SIGMAS: Final = 4  # the Gaussian is cut at so many standard deviations
+# Plans are made with NumPy: of arrays this small a call of torch takes longer than its arithmetic.
+_ORDERS: Final = np.array([[JITTER_OPERATIONS.index(name) for name in order] for order in JITTER_ORDERS])
+_NEUTRAL: Final = np.array([NEUTRAL[name] for name in JITTER_OPERATIONS], dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -90,26 +96,25 @@ def plan(parameters: PhotometricParameters, *, jitter: bool = True) -> list[Appl
         jitter: with the four jitter operations.
     """
     parts = _plan_jitter(parameters) if jitter else []
-    parts.append(_application("grayscale", parameters.grayscale, parameters.hue))
-    parts.append(_application("blur", parameters.blur_sigma > 0, parameters.blur_sigma))
-    parts.append(_application("solarize", parameters.solarize, parameters.hue))
+    sigma, unused = parameters.blur_sigma.numpy(), parameters.hue.numpy()
+    parts.append(_application("grayscale", parameters.grayscale.numpy(), unused))
+    parts.append(_application("blur", sigma > 0, sigma))
+    parts.append(_application("solarize", parameters.solarize.numpy(), unused))
     return [part for part in parts if len(part.indices)]
 
 
 def _plan_jitter(parameters: PhotometricParameters) -> list[Application]:
     """Images whose n-th jitter operation is the same are handled at once."""
-    factors = [getattr(parameters, name) for name in JITTER_OPERATIONS]
-    changed = [factor != NEUTRAL[name] for name, factor in zip(JITTER_OPERATIONS, factors, strict=True)]
-    applied = torch.stack(changed, dim=1)  # [N, 4]
-    orders = torch.tensor([[JITTER_OPERATIONS.index(name) for name in order] for order in JITTER_ORDERS])
-    order = orders[parameters.order]  # [N, 4], operation at each place
-    applied_at = applied.gather(1, order)
+    factors = np.stack([getattr(parameters, name).numpy() for name in JITTER_OPERATIONS], axis=1)  # [N, 4]
+    applied = factors != _NEUTRAL
+    order = _ORDERS[parameters.order.numpy()]  # [N, 4], operation at each place
+    applied_at = np.take_along_axis(applied, order, axis=1)
     # The turn of each operation of an image, from 1, not counting those that are neutral, which have 0.
-    turn = torch.zeros_like(order).scatter_(1, order, applied_at.cumsum(1) * applied_at)
-    used = [o for o, some in enumerate(applied.any(dim=0).tolist()) if some]
-    return [
-        _application(JITTER_OPERATIONS[o], turn[:, o] == k, factors[o]) for k in range(1, len(used) + 1) for o in used
-    ]
+    turn = np.empty_like(order)
+    np.put_along_axis(turn, order, applied_at.cumsum(axis=1) * applied_at, axis=1)
+    used = np.flatnonzero(applied.any(axis=0)).tolist()
+    turns = itertools.product(range(1, len(used) + 1), used)
+    return [_application(JITTER_OPERATIONS[o], turn[:, o] == k, factors[:, o]) for k, o in turns]
 
 
 def _jitter_by_matrix(images: Tensor, parameters: PhotometricParameters) -> Tensor:
@@ -119,9 +124,9 @@ def _jitter_by_matrix(images: Tensor, parameters: PhotometricParameters) -> Tens
     return flat.clamp_(0, 1).view_as(images)
 
 
-def _application(operation: str, mask: Tensor, values: Tensor) -> Application:
-    indices = mask.nonzero()[:, 0]
-    return Application(operation, indices, values[indices])
+def _application(operation: str, mask: NDArray[np.bool_], values: NDArray[np.float32]) -> Application:
+    indices = np.flatnonzero(mask)
+    return Application(operation, torch.from_numpy(indices), torch.from_numpy(values[indices]))
 
 
 def to_device(parts: list[Application], device: torch.device) -> list[Application]:
