@@ -4,6 +4,7 @@ Shapes: B images, G global and L local views, C channels, H x W pixels, K protot
 """
 
 import copy
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -104,6 +105,7 @@ class OurStep(StepWork):
         precision = prepare_process(replace(options, device=device.type, num_threads=None))  # threads: the harness's
         set_seeds(config.seed)
         self.train_step = build_step(config, options, precision, steps_per_epoch, config.dataset.batch_size)
+        gc.freeze()  # `what_lives_stays`, for the rest of this process
 
     def train(self) -> Tensor:
         return self.train_step(self.step, [self.views]).loss

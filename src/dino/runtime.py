@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -57,6 +58,18 @@ def reuse_freed_memory(reuse: bool = True) -> None:
             libc.mallopt(parameter, value)
         if not reuse:
             libc.malloc_trim(0)  # what was kept until now
+
+
+@contextlib.contextmanager
+def what_lives_stays() -> Iterator[None]:
+    """Inside, Python does not search again and again for garbage among the objects that there are already: those of
+    all libraries are hundreds of thousands, and 2 % of the time of a small network's step."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @dataclass(frozen=True)

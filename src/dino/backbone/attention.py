@@ -89,7 +89,7 @@ class Attention(nn.Module):
         query = linear(first, of_query.flatten(0, 1), query_bias.flatten()) * width**-0.5
         query = torch.bmm(torch.unflatten(query, 1, (heads, width)).transpose(0, 1), of_key)  # [h, M, D]
         asking = torch.split(query.transpose(0, 1), [images for images, _ in layout])
-        weighted = [torch.bmm(_weights(one, batch), batch) for one, batch in zip(asking, batches, strict=True)]
+        weighted = [_averaged(one, batch) for one, batch in zip(asking, batches, strict=True)]
         mixed = torch.bmm(torch.cat(weighted).transpose(0, 1), of_value.transpose(1, 2))  # [h, M, d]
         projected: Tensor = self.proj((mixed.transpose(0, 1) + value_bias).flatten(1))
         return projected
@@ -103,9 +103,7 @@ class Attention(nn.Module):
 class _Kept(NamedTuple):
     """Of one batch, all heads of an image below each other."""
 
-    query: Tensor  # [N h, T, d], divided by sqrt(d)
-    key: Tensor  # [N h, T, d]
-    value: Tensor  # [N h, T, d]
+    of_heads: Tensor  # query, key, value: [3, N h, T, d]
     weights: Tensor  # [N h, T, T], after softmax
 
 
@@ -113,57 +111,56 @@ def _mix(qkv: Tensor, layout: Layout, num_heads: int) -> tuple[Tensor, list[Tens
     """`[R, 3 D]` -> softmax(q k^T / sqrt(d)) v of every batch, `[R, D]`, and `_Kept` of all; without gradient."""
     mixed = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
     kept: list[Tensor] = []
-    for part, place in zip(unpacked(qkv, layout), unpacked(mixed, layout), strict=True):
-        query, key, value = (one.flatten(0, 1).contiguous() for one in _by_head(part, num_heads))
-        query = query * query.shape[-1] ** -0.5
-        weights = _weights(query, key)
-        _put(torch.bmm(weights, value), torch.unflatten(place, -1, (num_heads, -1)).transpose(1, 2))
-        kept += _Kept(query, key, value, weights)
+    with torch.autocast(qkv.device.type, enabled=False):
+        for part, place in zip(unpacked(qkv, layout), unpacked(mixed, layout), strict=True):
+            of_heads = _copied(_by_head(part, num_heads), _type_of_attention(part)).flatten(1, 2)
+            query, key, value = of_heads
+            weights = _scaled(query, key.transpose(1, 2), query.shape[-1] ** -0.5).softmax(dim=-1)
+            _put(torch.bmm(weights, value), torch.unflatten(place, -1, (num_heads, -1)).transpose(1, 2))
+            kept += _Kept(of_heads, weights)
     return mixed, kept
 
 
 def _mix_backward(gradient: Tensor, kept: Sequence[Tensor], layout: Layout, num_heads: int) -> Tensor:
     """`[R, D]` -> `[R, 3 D]`: by hand, since each part then is copied once, to where it belongs in the matrix."""
     of_qkv = gradient.new_empty(gradient.shape[0], 3 * gradient.shape[1])
-    of_batches = [_Kept(*kept[i : i + 4]) for i in range(0, len(kept), 4)]
+    of_batches = [_Kept(*kept[i : i + 2]) for i in range(0, len(kept), 2)]
     parts = unpacked(gradient, layout), unpacked(of_qkv, layout)
-    for (query, key, value, weights), given, place in zip(of_batches, *parts, strict=True):
+    for ((query, key, value), weights), given, place in zip(of_batches, *parts, strict=True):
         of_query, of_key, of_value = _by_head(place, num_heads)
-        of_mixed = torch.unflatten(given, -1, (num_heads, -1)).transpose(1, 2).flatten(0, 1)  # [N h, T, d]
+        scale, dtype = query.shape[-1] ** -0.5, weights.dtype
+        of_mixed = _copied(torch.unflatten(given, -1, (num_heads, -1)).transpose(1, 2), dtype).flatten(0, 1)
         _put(torch.bmm(weights.transpose(1, 2), of_mixed), of_value)
         of_weights = torch.bmm(of_mixed, value.transpose(1, 2))
-        of_scores = _softmax_backward(of_weights, weights)
+        of_scores = torch._softmax_backward_data(of_weights, weights, -1, dtype)
         del of_weights  # as large as the scores of all heads
-        _put(torch.bmm(of_scores, key).mul_(query.shape[-1] ** -0.5), of_query)
-        _put(torch.bmm(of_scores.transpose(1, 2), query), of_key)
+        _put(_scaled(of_scores, key, scale), of_query)
+        _put(_scaled(of_scores.transpose(1, 2), query, scale), of_key)
     return of_qkv
 
 
-def _weights(query: Tensor, key: Tensor) -> Tensor:
-    """softmax(q k^T), where q is divided by sqrt(d): `[n, T', X]`, `[n, T, X]` -> `[n, T', T]`."""
-    return _softmax(torch.bmm(query, key.transpose(1, 2)))
+def _type_of_attention(tokens: Tensor) -> torch.dtype:
+    """In which to mix tokens `[N, T, X]`. A CPU takes short rows number by number in bf16, and small products of
+    float32 are no slower there; what comes out is rounded to the tokens' type either way."""
+    is_short = tokens.dtype == torch.bfloat16 and tokens.device.type == "cpu" and tokens.shape[1] < 32
+    return torch.float32 if is_short else tokens.dtype
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    """Over the last dimension."""
-    if _is_faster_in_float32(scores):
-        return scores.float().softmax(dim=-1).to(scores.dtype)
-    return scores.softmax(dim=-1)
+def _averaged(queries: Tensor, tokens: Tensor) -> Tensor:
+    """softmax(q x^T) x: `[N, h, D]`, `[N, T, D]` -> `[N, h, D]`."""
+    scores = torch.bmm(queries, tokens.transpose(1, 2))
+    weights = scores.softmax(dim=-1, dtype=_type_of_attention(tokens))
+    return torch.bmm(weights.to(tokens.dtype), tokens)
 
 
-def _softmax_backward(gradient: Tensor, weights: Tensor) -> Tensor:
-    if _is_faster_in_float32(weights):
-        in_float32 = torch._softmax_backward_data(gradient.float(), weights.float(), -1, torch.float32)
-        return in_float32.to(weights.dtype)
-    return torch._softmax_backward_data(gradient, weights, -1, weights.dtype)
+def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous, in one visit."""
+    return tensor.new_empty(tensor.shape, dtype=dtype).copy_(tensor)
 
 
-def _is_faster_in_float32(rows: Tensor) -> bool:
-    """Whether the rows fill a vector of the CPU in float32 but not in bf16, where torch then takes number by number.
-
-    The values are the same but for a rare last digit, as it computes them in float32 either way.
-    """
-    return rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and 16 <= rows.shape[-1] < 32
+def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale * left right, batch by batch; the products are scaled before they are rounded."""
+    return torch.baddbmm(left.new_zeros(1, 1, 1), left, right, beta=0, alpha=scale)
 
 
 def _by_head(qkv: Tensor, num_heads: int) -> Tensor:
@@ -193,7 +190,8 @@ class _Mixed(torch.autograd.Function):
 
 
 # The same as operations that torch.compile takes as they are: what it makes of the copies and the softmax is slower on
-# a CPU, and so is leaving the compiled block for them. Uncompiled, such an operation costs more than a Function.
+# a CPU, and so is leaving the compiled block for them. Uncompiled, such an operation costs more than a Function. What
+# was compiled is kept on the disk under their names: if one ever returns other shapes, it needs another name.
 
 
 def _layout(numbers: Sequence[int]) -> Layout:
@@ -201,7 +199,7 @@ def _layout(numbers: Sequence[int]) -> Layout:
     return [Sequences(*numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
 
 
-@torch.library.custom_op("dino::mix", mutates_args=())
+@torch.library.custom_op("dino::attention", mutates_args=())
 def _mixed_and_kept(qkv: Tensor, layout: Sequence[int], num_heads: int) -> list[Tensor]:
     mixed, kept = _mix(qkv, _layout(layout), num_heads)
     return [mixed, *kept]
@@ -210,14 +208,15 @@ def _mixed_and_kept(qkv: Tensor, layout: Sequence[int], num_heads: int) -> list[
 @_mixed_and_kept.register_fake
 def _(qkv: Tensor, layout: Sequence[int], num_heads: int) -> list[Tensor]:
     num_features = qkv.shape[1] // 3
-    width = num_features // num_heads
     made = [qkv.new_empty(qkv.shape[0], num_features)]
-    for images, length in _layout(layout):
-        made += [qkv.new_empty(images * num_heads, length, last) for last in (width, width, width, length)]
+    for tokens in unpacked(qkv, _layout(layout)):
+        images, length, _ = tokens.shape
+        for shape in ((3, images * num_heads, length, num_features // num_heads), (images * num_heads, length, length)):
+            made.append(tokens.new_empty(shape, dtype=_type_of_attention(tokens)))
     return made
 
 
-@torch.library.custom_op("dino::mix_backward", mutates_args=())
+@torch.library.custom_op("dino::attention_backward", mutates_args=())
 def _of_qkv(gradient: Tensor, kept: Sequence[Tensor], layout: Sequence[int], num_heads: int) -> Tensor:
     return _mix_backward(gradient, kept, _layout(layout), num_heads)
 

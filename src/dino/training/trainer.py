@@ -20,6 +20,7 @@ from dino.logger import Logger, RunContext
 from dino.monitor import EPOCH_LOSS, OF_STEPS, Monitor, memory_statistics
 from dino.optimizer import half_life_steps
 from dino.run import CollapseError, Run
+from dino.runtime import what_lives_stays
 from dino.start_up import StartUp
 from dino.training import checkpoint
 from dino.training.checkpoint import CheckpointStore
@@ -94,7 +95,7 @@ class Trainer:
             SaveError: a checkpoint could not be written, and `trainer.on_save_error` is `stop`, or it was the last.
         """
         try:
-            with advice_when_out_of_memory(self.options, self.loader.batch_size):
+            with what_lives_stays(), advice_when_out_of_memory(self.options, self.loader.batch_size):
                 self._start()
                 while not self.finished:
                     for window in self._rest_of_epoch():
