@@ -80,7 +80,6 @@ class Attention(nn.Module):
         With one query of an image, q . (W_k x) = (W_k^T q) . x and sum a (W_v x) = W_v (sum a x), since weights sum to
         1; the keys' bias adds the same to all scores.
         """
-        tokens = tokens.to(type_of_products(tokens))  # once, for both products with them
         heads, width = self.num_heads, self.qkv.in_features // self.num_heads
         of_query, of_key, of_value = torch.unflatten(self.qkv.weight, 0, (3, heads, width))  # [h, d, D]
         query_bias, _, value_bias = torch.unflatten(self.qkv.bias, 0, (3, heads, width))  # [h, d]
@@ -89,7 +88,8 @@ class Attention(nn.Module):
         query = linear(first, of_query.flatten(0, 1), query_bias.flatten()) * width**-0.5
         query = torch.bmm(torch.unflatten(query, 1, (heads, width)).transpose(0, 1), of_key)  # [h, M, D]
         asking = torch.split(query.transpose(0, 1), [images for images, _ in layout])
-        weighted = [_averaged(one, batch) for one, batch in zip(asking, batches, strict=True)]
+        dtype = type_of_products(tokens)
+        weighted = [_averaged(one, batch, dtype) for one, batch in zip(asking, batches, strict=True)]
         mixed = torch.bmm(torch.cat(weighted).transpose(0, 1), of_value.transpose(1, 2))  # [h, M, d]
         projected: Tensor = self.proj((mixed.transpose(0, 1) + value_bias).flatten(1))
         return projected
@@ -113,7 +113,7 @@ def _mix(qkv: Tensor, layout: Layout, num_heads: int) -> tuple[Tensor, list[Tens
     kept: list[Tensor] = []
     with torch.autocast(qkv.device.type, enabled=False):
         for part, place in zip(unpacked(qkv, layout), unpacked(mixed, layout), strict=True):
-            of_heads = _copied(_by_head(part, num_heads), _type_of_attention(part)).flatten(1, 2)
+            of_heads = _copied(_by_head(part, num_heads), _type_of_attention(part, part.dtype)).flatten(1, 2)
             query, key, value = of_heads
             weights = _scaled(query, key.transpose(1, 2), query.shape[-1] ** -0.5).softmax(dim=-1)
             _put(torch.bmm(weights, value), torch.unflatten(place, -1, (num_heads, -1)).transpose(1, 2))
@@ -139,18 +139,20 @@ def _mix_backward(gradient: Tensor, kept: Sequence[Tensor], layout: Layout, num_
     return of_qkv
 
 
-def _type_of_attention(tokens: Tensor) -> torch.dtype:
-    """In which to mix tokens `[N, T, X]`. A CPU takes short rows number by number in bf16, and small products of
-    float32 are no slower there; what comes out is rounded to the tokens' type either way."""
-    is_short = tokens.dtype == torch.bfloat16 and tokens.device.type == "cpu" and tokens.shape[1] < 32
-    return torch.float32 if is_short else tokens.dtype
+def _averaged(queries: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """softmax(q x^T) x, of products in `dtype`: `[N, h, D]`, `[N, T, D]` -> `[N, h, D]`."""
+    kind = _type_of_attention(tokens, dtype)
+    with torch.autocast(tokens.device.type, enabled=False):
+        tokens = tokens.to(kind)
+        weights = torch.bmm(queries.to(kind), tokens.transpose(1, 2)).softmax(dim=-1)
+        return torch.bmm(weights, tokens)
 
 
-def _averaged(queries: Tensor, tokens: Tensor) -> Tensor:
-    """softmax(q x^T) x: `[N, h, D]`, `[N, T, D]` -> `[N, h, D]`."""
-    scores = torch.bmm(queries, tokens.transpose(1, 2))
-    weights = scores.softmax(dim=-1, dtype=_type_of_attention(tokens))
-    return torch.bmm(weights.to(tokens.dtype), tokens)
+def _type_of_attention(tokens: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """In which to mix tokens `[N, T, X]`, where products are made in `dtype`. With few of them float32 takes less time
+    than bf16 on a CPU, which multiplies so little no faster, and whose softmax of short rows goes number by number."""
+    is_short = dtype == torch.bfloat16 and tokens.device.type == "cpu" and tokens.shape[1] < 32
+    return torch.float32 if is_short else dtype
 
 
 def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -212,7 +214,7 @@ def _(qkv: Tensor, layout: Sequence[int], num_heads: int) -> list[Tensor]:
     for tokens in unpacked(qkv, _layout(layout)):
         images, length, _ = tokens.shape
         for shape in ((3, images * num_heads, length, num_features // num_heads), (images * num_heads, length, length)):
-            made.append(tokens.new_empty(shape, dtype=_type_of_attention(tokens)))
+            made.append(tokens.new_empty(shape, dtype=_type_of_attention(tokens, tokens.dtype)))
     return made
 
 
