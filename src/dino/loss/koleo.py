@@ -28,10 +28,8 @@ def koleo_loss(features: Tensor) -> Tensor:
         everyone = rows_of_all_ranks(unit.transpose(0, 1)).transpose(0, 1)  # [G, B of all ranks, D]
         with torch.no_grad():
             similarity = torch.bmm(unit, everyone.transpose(1, 2))  # [G, B, B of all ranks]
-            own = torch.arange(batch, device=unit.device)
-            similarity[:, own, own + rank() * batch] = -2.0  # below any cosine: never its own neighbour
+            similarity.diagonal(rank() * batch, 1, 2).fill_(-2.0)  # below any cosine: never its own neighbour
             nearest = similarity.argmax(dim=2)
         view = torch.arange(num_views, device=unit.device)[:, None]
-        # Clamped before the root, whose gradient at 0 is infinite.
         squared = (unit - everyone[view, nearest]).square().sum(dim=-1).clamp_min(EPSILON**2)
-        return -squared.sqrt().log().mean()
+        return -0.5 * squared.log().mean()  # no root, whose gradient at 0 would be infinite
