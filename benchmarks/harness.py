@@ -1,6 +1,7 @@
 """Contenders side by side: each in a process of its own, all alive at once, taking turns.
 
-A round lets every contender make one sample, so that a machine that slows down slows all of them. A sample is
+A round lets every contender make one sample, so that a machine that slows down slows all of them. Where a process has
+luck with the places of its memory, which is worth some 5 %, only new processes show it: `generations`. A sample is
 disturbed, and left out where enough others remain, if other processes took more than 5 % of the machine's cores while
 it ran (as /proc/stat counts, what a hypervisor took included), or if a fixed matrix product around it was 1.3 times
 slower than the fastest of the comparison. Ratios are taken within a round.
@@ -50,6 +51,7 @@ class Sampling:
     )
     seconds: float = 1.0  # a sample repeats the work for about so long
     warmup: int = 2  # repetitions before the first that is timed
+    generations: int = 1  # of processes, each with its share of the rounds
     device: str = "auto"
     max_threads: int = NUM_CORES
 
@@ -168,20 +170,17 @@ def compare(
         facts: what else belongs to the comparison, kept with it.
     """
     contenders = [replace(one, threads=min(one.threads, sampling.max_threads)) for one in contenders]
-    started = {contender.name: Running(contender, sampling.device) for contender in contenders}
-    running: dict[str, Running] = {}
-    left_out: dict[str, str] = {}
-    try:
-        for one, process in started.items():
-            try:
-                process.wait_until_ready()
-                running[one] = process
-            except Unavailable as reason:
-                left_out[one] = str(reason)
-        measured = _take_turns(running, sampling)
-    finally:
-        for process in started.values():
-            process.end()
+    share = replace(
+        sampling,
+        rounds=-(-sampling.rounds // sampling.generations),
+        budget_s=sampling.budget_s / sampling.generations,
+    )
+    measured, left_out = _measure(contenders, share)
+    for _ in range(1, sampling.generations):
+        for one, found in _measure(contenders, share)[0].items():
+            measured[one]["samples"] += found["samples"]
+            of_all = measured[one]["memory_mib"]
+            measured[one]["memory_mib"] = {key: max(of_all[key], found["memory_mib"][key]) for key in of_all}
     figures = summarise(measured, references, min(MIN_CLEAN, sampling.rounds))
     for contender in contenders:
         if contender.name in figures:
@@ -196,6 +195,24 @@ def compare(
         "left_out": left_out,
         "contenders": figures,
     }
+
+
+def _measure(contenders: Sequence[Contender], sampling: Sampling) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """`_take_turns` of new processes, and why some of the contenders cannot run."""
+    started = {contender.name: Running(contender, sampling.device) for contender in contenders}
+    running: dict[str, Running] = {}
+    left_out: dict[str, str] = {}
+    try:
+        for one, process in started.items():
+            try:
+                process.wait_until_ready()
+                running[one] = process
+            except Unavailable as reason:
+                left_out[one] = str(reason)
+        return _take_turns(running, sampling), left_out
+    finally:
+        for process in started.values():
+            process.end()
 
 
 def _take_turns(running: dict[str, Running], sampling: Sampling) -> dict[str, dict[str, Any]]:

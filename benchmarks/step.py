@@ -9,7 +9,7 @@ lightly has torch's fused attention, as timm chooses it; `unfused attention` sho
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,13 +40,14 @@ class Case:
     batch: int = 16
     contenders: Sequence[str] = MAIN
     rounds: int = 5  # at most, see `Sampling.budget_s`
+    generations: int = 1
 
 
 CASES = (
-    Case("ViT-S/16", "vit_s16", 65536, 6, contenders=BF16, rounds=9),
+    Case("ViT-S/16", "vit_s16", 65536, 6, contenders=BF16, rounds=9, generations=3),
     Case("ViT-S/16, float32", "vit_s16", 65536, 6, contenders=FLOAT32, rounds=3),
     Case("ViT-S/16, memory", "vit_s16", 65536, 6, contenders=MEMORY),
-    Case("ViT-Ti/16", "vit_t16", 4096, 6, contenders=BF16, rounds=9),
+    Case("ViT-Ti/16", "vit_t16", 4096, 6, contenders=BF16, rounds=9, generations=3),
     Case("ViT-Ti/16, float32", "vit_t16", 4096, 6, contenders=FLOAT32),
     Case("ViT-S/16", "vit_s16", 4096, 6),
     Case("ViT-Ti/16", "vit_t16", 65536, 6),
@@ -98,7 +99,7 @@ def measure_case(case: Case, options: Options) -> dict[str, Any]:
     result = compare(
         f"{case.title}, {case.out_dim:,} prototypes, 2 + {case.num_local_views} views, batch {case.batch}",
         [*contenders(settings, case.contenders), *products],
-        options.sampling(rounds=case.rounds),
+        replace(options.sampling(rounds=case.rounds), generations=case.generations),
         per=case.batch,
         unit="images/s",
         references=REFERENCES,

@@ -3,6 +3,7 @@
 Shapes: B images, G global and L local views, C channels, H x W pixels, K prototypes.
 """
 
+import atexit
 import copy
 import gc
 from abc import ABC, abstractmethod
@@ -105,7 +106,8 @@ class OurStep(StepWork):
         precision = prepare_process(replace(options, device=device.type, num_threads=None))  # threads: the harness's
         set_seeds(config.seed)
         self.train_step = build_step(config, options, precision, steps_per_epoch, config.dataset.batch_size)
-        gc.freeze()  # `what_lives_stays`, for the rest of this process
+        gc.freeze()  # `what_lives_stays`, until this process ends
+        atexit.register(gc.unfreeze)
 
     def train(self) -> Tensor:
         return self.train_step(self.step, [self.views]).loss

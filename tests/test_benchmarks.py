@@ -247,11 +247,12 @@ def test_contenders_run_in_processes_of_their_own() -> None:
             Contender("baseline", "benchmarks.loss:plain", size, threads=1),
             Contender("ours", "benchmarks.loss:ours", {**size, "implementation": "fused"}, threads=1),
         ],
-        Sampling(rounds=2, seconds=0.01, warmup=1, device="cpu"),
+        Sampling(rounds=3, seconds=0.01, warmup=1, device="cpu", generations=2),
         memory="extra",
     )
     baseline, ours = compared["contenders"]["baseline"], compared["contenders"]["ours"]
     assert ours["answer"] == pytest.approx(baseline["answer"], rel=1e-6)
+    assert ours["num_samples"] == 4, "each generation of processes makes two rounds"
     logits_mib = 640 * 16384 * 4 / 2**20
     assert baseline["memory_mib"]["prepared"] > logits_mib
     assert baseline["memory_mib"]["extra"] > ours["memory_mib"]["extra"] > 0.8 * logits_mib  # one gradient
