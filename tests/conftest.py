@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: figures of the original implementation, and real images where they lie."""
 
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -40,6 +41,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest begins first."""
     items.sort(key=lambda item: not item.nodeid.startswith(SLURM))
+
+
+@pytest.fixture(autouse=True)
+def log_of_every_test() -> None:
+    """A run in a test's own process says how loud the log is, which the next test may not take over."""
+    log = logging.getLogger("dino")
+    log.setLevel(logging.NOTSET)
+    log.propagate = True
 
 
 @pytest.fixture(scope="session")
