@@ -4,8 +4,8 @@ Shapes: B images, G global and L local views, C channels, H x W pixels, K protot
 """
 
 import atexit
+import contextlib
 import copy
-import gc
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ from benchmarks import baseline
 from benchmarks.harness import Unavailable
 from dino.augmentation import ViewBatch
 from dino.config import build, compose
-from dino.runtime import Precision, set_seeds
+from dino.runtime import Precision, set_seeds, what_lives_stays
 from dino.training.assemble import build_step, prepare_process
 
 # What every step trains with; a schedule would change nothing of the time.
@@ -106,8 +106,9 @@ class OurStep(StepWork):
         precision = prepare_process(replace(options, device=device.type, num_threads=None))  # threads: the harness's
         set_seeds(config.seed)
         self.train_step = build_step(config, options, precision, steps_per_epoch, config.dataset.batch_size)
-        gc.freeze()  # `what_lives_stays`, until this process ends
-        atexit.register(gc.unfreeze)
+        process = contextlib.ExitStack()
+        process.enter_context(what_lives_stays())
+        atexit.register(process.close)
 
     def train(self) -> Tensor:
         return self.train_step(self.step, [self.views]).loss

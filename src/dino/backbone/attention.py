@@ -149,8 +149,8 @@ def _averaged(queries: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _type_of_attention(tokens: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """In which to mix tokens `[N, T, X]`, where products are made in `dtype`. With few of them float32 takes less time
-    than bf16 on a CPU, which multiplies so little no faster, and whose softmax of short rows goes number by number."""
+    """In which to mix tokens `[N, T, X]`, where other products are made in `dtype`. On a CPU products of few tokens are
+    no faster in bf16 than in float32, and the softmax of short rows is slower, as torch takes them number by number."""
     is_short = dtype == torch.bfloat16 and tokens.device.type == "cpu" and tokens.shape[1] < 32
     return torch.float32 if is_short else dtype
 
