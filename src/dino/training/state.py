@@ -1,14 +1,18 @@
 """What a checkpoint holds: everything that a run needs to go on as if nothing had happened."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dino import ranks
 from dino.runtime import rng_state, set_rng_state, set_seeds
+from dino.training import checkpoint
 
 if TYPE_CHECKING:
     from dino.training.trainer import Trainer
+
+log = logging.getLogger("dino")
 
 
 def state_of(trainer: "Trainer") -> dict[str, Any]:
@@ -58,6 +62,23 @@ def restore(trainer: "Trainer", state: dict[str, Any]) -> None:
     trainer.evaluated_step = state["evaluated_step"]
     trainer.latest = dict(state["latest"])
     trainer.clock.resume_from(state["train_time_s"])
+
+
+def restore_best(trainer: "Trainer") -> None:
+    """The networks of the best evaluation take the place of the last ones; the newest checkpoint stays as it is."""
+    checkpoints, best_step = trainer.checkpoints, trainer.early_stopping.best_step
+    path = ranks.from_main(checkpoints.best() if ranks.rank() == 0 else None)
+    if path is None or best_step is None:
+        return
+    state = checkpoint.load(path)
+    if state["step"] != best_step:
+        log.warning("the best, step %d, could not be saved", best_step)
+        return
+    trainer.train_step.model.load_state_dict(state["model"])
+    trainer.train_step.loss.load_state_dict(state["loss"])
+    if ranks.rank() == 0:
+        checkpoints.point_last_to_best()
+    log.info("restored    student, teacher and center of step %d, the best; last.pt is best.pt", best_step)
 
 
 def _restore_ranks(trainer: "Trainer", state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shlex
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,11 +106,16 @@ def closing_words(trainer: Trainer, summary: dict[str, Any], lines: list[dict[st
         words.append(f"k-NN        {_knn_words(metrics, start, before)}")
     words.append(f"health      {_health_words(trainer)}{f'; k-NN is below that of {start}' if is_worse else ''}")
     names = [f"checkpoints/{name}.pt" for name in ("best", "last") if (run_dir / f"checkpoints/{name}.pt").exists()]
-    return [
-        *words,
+    words += [
         f"files       {', '.join([f'{run_dir}: metrics.jsonl', 'training_summary.json', *names])}",
-        f"continue    python train.py <same overrides> {as_override('run_dir', run_dir)} resume=auto",
+        f"evaluate    dino evaluate {shlex.quote(str(run_dir))} --protocol knn,linear",
     ]
+    if trainer.step == trainer.total_steps:  # not if it stopped early, as it would again
+        whole = trainer.options.epochs * trainer.steps_per_epoch == trainer.total_steps
+        more = "trainer.epochs=MORE resume_changes=[trainer.epochs]" if whole else "trainer.max_steps=MORE"
+        command = f"python train.py <same overrides> {as_override('run_dir', run_dir)} resume=auto"
+        words.append(f"longer      {command} {more}")
+    return words
 
 
 def _health_words(trainer: Trainer) -> str:

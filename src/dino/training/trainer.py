@@ -5,7 +5,6 @@
 
 import itertools
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,22 +14,22 @@ import torch
 from dino import preemption, ranks
 from dino.augmentation import MultiCrop, ViewBatch
 from dino.dataset import ImageDataset, TrainLoader
-from dino.evaluation import EvaluationInputs, Evaluator, evaluation_folder
+from dino.evaluation import Evaluator
 from dino.logger import Logger, RunContext
 from dino.monitor import EPOCH_LOSS, OF_STEPS, Monitor, memory_statistics
 from dino.optimizer import half_life_steps
 from dino.run import CollapseError, Run
 from dino.runtime import what_lives_stays
 from dino.start_up import StartUp
-from dino.training import checkpoint
 from dino.training.checkpoint import CheckpointStore
 from dino.training.clock import TrainingClock
+from dino.training.evaluate import evaluate
 from dino.training.health_watch import HealthWatch
 from dino.training.memory import advice_when_out_of_memory
 from dino.training.non_finite import NonFiniteWatch
 from dino.training.options import TrainerOptions
 from dino.training.prefetch import prefetched
-from dino.training.state import state_of
+from dino.training.state import restore_best, state_of
 from dino.training.step import StepOutput, TrainStep
 
 log = logging.getLogger("dino")
@@ -248,22 +247,7 @@ class Trainer:
             log.info("stopped     %s", self.early_stopping.reason)
             self.run.update(reason=self.early_stopping.reason)
         if self.early_stopping.restore_best:
-            self._restore_best()
-
-    def _restore_best(self) -> None:
-        """The networks of the best evaluation take the place of the last ones; the newest checkpoint stays as it is."""
-        path = ranks.from_main(self.checkpoints.best() if ranks.rank() == 0 else None)
-        if path is None or self.early_stopping.best_step is None:
-            return
-        state = checkpoint.load(path)
-        if state["step"] != self.early_stopping.best_step:
-            log.warning("the best, step %d, could not be saved", self.early_stopping.best_step)
-            return
-        self.train_step.model.load_state_dict(state["model"])
-        self.train_step.loss.load_state_dict(state["loss"])
-        if ranks.rank() == 0:
-            self.checkpoints.point_last_to_best()
-        log.info("restored    student, teacher and center of step %d, the best; last.pt is best.pt", state["step"])
+            restore_best(self)
 
     def _close(self) -> None:
         """Also after an exception: a progress bar gives the terminal back, `status.json` will name the last step."""
@@ -281,31 +265,7 @@ class Trainer:
     def _evaluate(self) -> None:
         """Runs the evaluators that are due, and closes the books on the epoch."""
         self._report_broken(self.non_finite.settle(self.train_step))
-        started = time.perf_counter()
-        epoch, finished = self.step // self.steps_per_epoch, self.step == self.total_steps
-        model = self.train_step.whole_model()
-        inputs = EvaluationInputs(
-            model=model,
-            backbone=model.teacher.backbone,
-            dataset=self.dataset,
-            augmentation=self.augmentation,
-            loss=self.train_step.loss,
-            device=self.device,
-            autocast=self.train_step.precision.autocast,
-            seed=self.seed,
-            teacher_temp=self.train_step.schedules.teacher_temp(self.step),
-            limit_samples=self.options.limit_evaluation_samples,
-            untrained=self.step == 0,
-            folder=evaluation_folder(self.run.directory, self.step),
-            directory=self.run.directory,
-            step=self.step,
-        )
-        metrics: dict[str, float] = {}
-        for evaluator in self.evaluators:
-            if finished or epoch % evaluator.every_epochs == 0:
-                metrics |= evaluator.evaluate(inputs)
-        if metrics:
-            metrics["perf/evaluation_s"] = time.perf_counter() - started
+        metrics = evaluate(self)
         self.evaluated_step = self.step
         self._changed = True
         if self.step == 0:
