@@ -44,7 +44,7 @@ def main() -> None:
         images=arguments.images,
         data=arguments.data,
         epochs=arguments.epochs,
-        seed=arguments.seed,
+        seeds=arguments.seeds,
     )
     described = machine.describe(options.device)
     started = time.perf_counter()
@@ -87,7 +87,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, help="folder of photographs for the views; default: made up")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder that holds FashionMNIST/raw")
     parser.add_argument("--epochs", type=int, default=Options.epochs, help="of the training up to an accuracy")
-    parser.add_argument("--seed", type=int, default=Options.seed, help="of the training up to an accuracy")
+    parser.add_argument("--seeds", type=int, nargs="+", default=Options.seeds, help="of that training, one run each")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:

@@ -1,6 +1,7 @@
 """What the command line of `run.py` settles for every benchmark."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ class Options:
         images: folder of photographs for the views; None: made up.
         data: folder that holds Fashion-MNIST.
         epochs: of the training that is timed up to an accuracy.
-        seed: of that training: of initial weights, order and views.
+        seeds: of that training, one run each: of initial weights, order and views.
     """
 
     quick: bool = False
@@ -30,7 +31,7 @@ class Options:
     images: Path | None = None
     data: Path = Path("data")
     epochs: int = 4
-    seed: int = 0
+    seeds: Sequence[int] = (0,)
 
     def sampling(self, *, rounds: int = 7, seconds: float = 1.0, device: str | None = None) -> Sampling:
         """Of a comparison that wants `rounds` samples of about `seconds`."""
