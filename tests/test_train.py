@@ -52,7 +52,7 @@ def test_the_first_lines_say_what_will_run_and_the_last_what_came_of_it(finished
     for words in ("precision fp32", "1,437 training images", "peak lr", "half of it is older", "12 steps", "run "):
         assert words in output, words
     ending = output[output.rindex("k-NN") - 400 :]
-    for words in ("untrained", "raw pixels", "metrics.jsonl", "dino evaluate", "resume=auto"):
+    for words in ("untrained", "raw pixels", "metrics.jsonl", "dino evaluate", "resume=auto trainer.epochs=MORE"):
         assert words in ending, words
 
 

@@ -106,11 +106,12 @@ def closing_words(trainer: Trainer, summary: dict[str, Any], lines: list[dict[st
         words.append(f"k-NN        {_knn_words(metrics, start, before)}")
     words.append(f"health      {_health_words(trainer)}{f'; k-NN is below that of {start}' if is_worse else ''}")
     names = [f"checkpoints/{name}.pt" for name in ("best", "last") if (run_dir / f"checkpoints/{name}.pt").exists()]
+    protocols = "knn,linear" if "val/knn_top1" in metrics else "rank"  # which needs no labels
     words += [
         f"files       {', '.join([f'{run_dir}: metrics.jsonl', 'training_summary.json', *names])}",
-        f"evaluate    dino evaluate {shlex.quote(str(run_dir))} --protocol knn,linear",
+        f"evaluate    dino evaluate {shlex.quote(str(run_dir))} --protocol {protocols}",
     ]
-    if trainer.step == trainer.total_steps:  # not if it stopped early, as it would again
+    if not trainer.early_stopping.exhausted:  # it would stop again
         whole = trainer.options.epochs * trainer.steps_per_epoch == trainer.total_steps
         more = "trainer.epochs=MORE resume_changes=[trainer.epochs]" if whole else "trainer.max_steps=MORE"
         command = f"python train.py <same overrides> {as_override('run_dir', run_dir)} resume=auto"
