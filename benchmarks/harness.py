@@ -4,7 +4,8 @@ A round lets every contender make one sample, so that a machine that slows down 
 luck with the places of its memory, which is worth some 5 %, only new processes show it: `generations`. A sample is
 disturbed, and left out where enough others remain, if other processes took more than 5 % of the machine's cores while
 it ran (as /proc/stat counts, what a hypervisor took included), or if a fixed matrix product around it was 1.3 times
-slower than the fastest of the comparison. Ratios are taken within a round.
+slower than the fastest of the comparison. Ratios are taken within a round, and once more for the rounds in which the
+cores were near each other and for those in which they were far, where there were both (`benchmarks/cores.py`).
 """
 
 import json
@@ -22,10 +23,14 @@ from typing import Any
 
 import psutil
 
+from benchmarks.cores import round_trip_ns
+
 ROOT = Path(__file__).resolve().parents[1]
 MAX_OTHERS = 0.05  # share of all cores
 CLOCK_TICKS_S = 0.03  # by which the kernel's counts may be off: it counts in hundredths of a second
 MAX_SLOWER = 1.3  # of the fixed product
+MAX_NEAR = 1.6  # times the shortest way between the cores of a comparison
+PLACES = ("near", "far")  # of the cores
 MIN_CLEAN = 3  # samples; with fewer all are used, and the figure is marked
 NUM_CORES = len(os.sched_getaffinity(0))
 
@@ -103,13 +108,16 @@ class Running:
         return self._answers()
 
     def sample(self, count: int, untimed: int) -> dict[str, Any]:
-        """Seconds of `count` repetitions, and how much of the machine others took meanwhile."""
+        """Seconds of `count` repetitions, how much of the machine others took meanwhile, and how far apart its cores
+        were before and after."""
         pids = [process.pid for process in self._processes]
+        apart = [round_trip_ns()]
         machine, own, started = _busy_seconds(), _tree_seconds(pids), time.perf_counter()
         answer, *_ = self.ask("run", count=count, untimed=untimed)
         wall = time.perf_counter() - started
         others = _busy_seconds() - machine - (_tree_seconds(pids) - own) - CLOCK_TICKS_S
-        return answer | {"others": max(0.0, others) / (wall * (os.cpu_count() or 1))}
+        apart.append(round_trip_ns())
+        return answer | {"others": max(0.0, others) / (wall * (os.cpu_count() or 1)), "cores_ns": apart}
 
     def memory(self) -> dict[str, float]:
         """Of all ranks together [MiB]."""
@@ -250,7 +258,8 @@ def _are_cramped(memory: list[dict[str, float]]) -> bool:
 def summarise(
     measured: dict[str, dict[str, Any]], references: Sequence[str], min_clean: int
 ) -> dict[str, dict[str, Any]]:
-    """Median and quartiles of the clean samples, how many times faster than each reference, and the samples."""
+    """Median and quartiles of the clean samples, how many times faster than each reference (in all rounds, and with the
+    cores near and far), and the samples."""
     fastest: dict[int, float] = {}  # seconds of the fixed product by number of threads
     for of_one in measured.values():
         quickest = min(min(sample["calibration_s"]) for sample in of_one["samples"])
@@ -263,10 +272,11 @@ def summarise(
             sample["others"] <= MAX_OTHERS and max(sample["calibration_s"]) <= MAX_SLOWER * fastest[of_one["threads"]]
             for sample in of_one["samples"]
         ]
+    places = _places(measured)
     figures = {}
     for name, of_one in measured.items():
         used, noisy = _clean_or_all(rounds[name], clean[name], min_clean)
-        times_faster = {}
+        times_faster, by_cores = {}, {}
         for reference in references:
             if reference in rounds:
                 both = [own and other for own, other in zip(clean[name], clean[reference], strict=True)]
@@ -274,20 +284,41 @@ def summarise(
                 ratios, noisy_ratio = _clean_or_all(times, both, min_clean)
                 times_faster[reference] = spread(ratios)
                 noisy = noisy or noisy_ratio
+                turns = list(zip(times, both, places[name], places[reference], strict=True))
+                by_place = {place: [time for time, *turn in turns if turn == [True, place, place]] for place in PLACES}
+                if min(len(ratios) for ratios in by_place.values()) >= min_clean:
+                    by_cores[reference] = {place: spread(ratios) for place, ratios in by_place.items()}
         figures[name] = {
             "seconds": spread(used),
             "times_faster": times_faster,
+            **({"times_faster_by_cores": by_cores} if by_cores else {}),
             "num_clean": sum(clean[name]),
             "num_samples": len(rounds[name]),
             "noisy": noisy,
             "memory_mib": {key: round(of_one["memory_mib"][key], 1) for key in ("process", "extra", "prepared")},
             "answer": of_one["answer"],
             "samples": [
-                {"seconds": round(seconds, 6), "others": round(sample["others"], 4), "clean": is_clean}
+                {
+                    "seconds": round(seconds, 6),
+                    "others": round(sample["others"], 4),
+                    "cores_ns": sample["cores_ns"],
+                    "clean": is_clean,
+                }
                 for seconds, is_clean, sample in zip(rounds[name], clean[name], of_one["samples"], strict=True)
             ],
         }
     return figures
+
+
+def _places(measured: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Of each contender: where the cores were in its samples, `near` each other or `far`, or whether they `moved`."""
+    shortest = min(min(sample["cores_ns"]) for of_one in measured.values() for sample in of_one["samples"])
+
+    def place(sample: dict[str, Any]) -> str:
+        near = [way <= MAX_NEAR * shortest for way in sample["cores_ns"]]
+        return "near" if all(near) else "moved" if any(near) else "far"
+
+    return {name: [place(sample) for sample in of_one["samples"]] for name, of_one in measured.items()}
 
 
 def _clean_or_all(values: list[float], clean: list[bool], min_clean: int) -> tuple[list[float], bool]:

@@ -56,7 +56,7 @@ def compare_losses(
         yield compare(
             ", ".join(word for word in described if word),
             [Contender(name, f"{module}:{make}", {**shared, **own}) for name, make, own in kinds],
-            options.sampling(rounds=9),
+            options.sampling(rounds=15),  # enough to see the cores near and far
             memory="extra",
             facts={"student_logits_mib": NUM_VIEWS * batch * out_dim * bytes_of_logit / 2**20},
         )

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import PLACES
 from benchmarks.plots import plot
 
 FOLDER = Path(__file__).parent / "results"
@@ -63,6 +64,11 @@ def table(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     shares = any("of products" in figures for figures in comparison["contenders"].values())
     columns = ["", comparison["unit"] if per_second else "time", "quartiles"]
     columns += [f"times {reference}" for reference in references]
+    in_both = {
+        name for figures in comparison["contenders"].values() for name in figures.get("times_faster_by_cores", ())
+    }
+    by_cores = [name for name in references if name in in_both]
+    columns += [f"times {reference}, cores {place}" for reference in by_cores for place in PLACES]
     columns += [{"process": "peak memory", "extra": "extra memory"}[memory]] if memory != "none" else []
     columns += ["of products"] if shares else []
     columns += ["undisturbed"]
@@ -74,14 +80,19 @@ def table(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             row = [name, f"{middle:.3g}", f"{ends[0]:.3g} to {ends[1]:.3g}"]
         else:
             row = [name, duration(seconds["median"]), f"{duration(seconds['low'])} to {duration(seconds['high'])}"]
-        for reference in references:
-            times = figures["times_faster"][reference]
-            row.append(f"{times['median']:.2f} ({times['low']:.2f} to {times['high']:.2f})")
+        row += [_times(figures["times_faster"][reference]) for reference in references]
+        for reference in by_cores:
+            times = figures.get("times_faster_by_cores", {}).get(reference)
+            row += [_times(times[place]) if times else "" for place in PLACES]
         row += [f"{figures['memory_mib'][memory]:,.0f} MiB"] if memory != "none" else []
         row += [f"{figures['of products']:.0%}"] if shares else []
         row += [f"{figures['num_clean']} of {figures['num_samples']}{' !' if figures['noisy'] else ''}"]
         rows.append(row)
     return columns, rows
+
+
+def _times(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
 
 
 def duration(seconds: float) -> str:

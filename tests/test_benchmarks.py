@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from command_line import REPOSITORY, finish, spawn
 from torch import Tensor
 
 from benchmarks import head_loss, layers, loss, profiling, results, step, training_steps, update, views
+from benchmarks.cores import round_trip_ns
 from benchmarks.harness import Contender, ContenderError, Sampling, compare, summarise
 from benchmarks.training_steps import OurStep, baseline_training, compose_step, list_of_views
 from dino.config import compose
@@ -201,8 +203,13 @@ def test_products_and_softmax_over_prototypes_are_of_the_loss() -> None:
 
 
 def _measured(rounds: list[tuple[float, bool]], threads: int = 2) -> dict[str, Any]:
-    samples = [
-        {"seconds": [seconds], "calibration_s": [0.001, 0.001], "others": 0.5 if disturbed else 0.0}
+    samples: list[dict[str, Any]] = [
+        {
+            "seconds": [seconds],
+            "calibration_s": [0.001, 0.001],
+            "others": 0.5 if disturbed else 0.0,
+            "cores_ns": [130.0, 140.0],
+        }
         for seconds, disturbed in rounds
     ]
     memory = {"process": 1.0, "extra": 1.0, "prepared": 1.0}
@@ -236,6 +243,23 @@ def test_a_slower_machine_around_a_sample_disturbs_it() -> None:
     assert [sample["clean"] for sample in summarise({"ours": measured}, (), 3)["ours"]["samples"]] == [
         *(True, False, True, True)
     ]
+
+
+def test_ratios_with_the_cores_near_and_far_are_taken_apart() -> None:
+    baseline, ours = _measured([(3.0, False)] * 3 + [(2.0, False)] * 5), _measured([(1.0, False)] * 8)
+    for of_one in (baseline, ours):
+        for sample in of_one["samples"][3:]:
+            sample["cores_ns"] = [350.0, 340.0]
+    ours["samples"][-1]["cores_ns"] = [350.0, 130.0]  # moved meanwhile
+    figures = summarise({"baseline": baseline, "ours": ours}, ("baseline",), min_clean=3)
+    times = figures["ours"]["times_faster_by_cores"]["baseline"]
+    assert {place: of_place["median"] for place, of_place in times.items()} == {"near": 3.0, "far": 2.0}
+    assert "times_faster_by_cores" not in summarise({"ours": _measured([(1.0, False)] * 3)}, ("ours",), 3)["ours"]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="needs two cores")
+def test_the_way_between_two_cores_is_some_hundred_nanoseconds() -> None:
+    assert 10 < round_trip_ns() < 100_000
 
 
 @pytest.mark.slow
