@@ -286,7 +286,7 @@ def summarise(
                 noisy = noisy or noisy_ratio
                 turns = list(zip(times, both, places[name], places[reference], strict=True))
                 by_place = {place: [time for time, *turn in turns if turn == [True, place, place]] for place in PLACES}
-                if min(len(ratios) for ratios in by_place.values()) >= min_clean:
+                if name != reference and min(len(ratios) for ratios in by_place.values()) >= min_clean:
                     by_cores[reference] = {place: spread(ratios) for place, ratios in by_place.items()}
         figures[name] = {
             "seconds": spread(used),
