@@ -72,6 +72,7 @@ def run(
         {"num_global": 3, "num_views": 3, "out_dim": 50},
         {"num_global": 3, "num_views": 7, "weighting": "adaptive", "koleo_weight": 0.3},
         {"batch": 70, "out_dim": SLICE, "weighting": "balanced", "local_weight": 0.2},
+        {"num_global": 3, "batch": 2, "out_dim": 2**16},  # so many that images are handled one by one
         {"student_temp": 0.004, "out_dim": 300},  # logits of hundreds: exp overflows without the running maximum
     ],
 )

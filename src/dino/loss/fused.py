@@ -105,13 +105,21 @@ def _visit(
         scores = scores if temp == 1 else scores / temp  # [V, c, K]
         q, lse = softmax_and_log_sum_exp(scores)
         p = teacher[:, part]
-        # -sum p (score - lse); the products of one image's scores are a small matrix product.
-        products = torch.bmm(p.transpose(0, 1), scores.permute(1, 2, 0).to(p))  # [c, G, V]
+        products = _products(p, scores.to(p))  # -sum p (score - lse) = sum p * lse - sum p * score
         sums += (p.sum(dim=-1).T[..., None] * lse.T[:, None] - products).sum(dim=0)
         if gradient is not None:
             put_raw_gradient(q, p, gradient.view(student.shape)[:, part], scale)
     sums.diagonal().zero_()  # the same view of the same image
     return (sums.sum(dim=0) / batch).to(targets)
+
+
+def _products(p: Tensor, scores: Tensor) -> Tensor:
+    """sum over K of p * score: [G, c, K], [V, c, K] -> [c, G, V]. Of one image as a product for each view, which finds
+    its row where the softmax has left it: a core takes whole views there, and would take half of K in a single one."""
+    if scores.shape[1] == 1:
+        of_views = torch.bmm(scores, p[:, 0].T.expand(len(scores), -1, -1))  # [V, 1, G]
+        return of_views.permute(1, 2, 0)
+    return torch.bmm(p.transpose(0, 1), scores.permute(1, 2, 0))
 
 
 def softmax_and_log_sum_exp(scores: Tensor) -> tuple[Tensor, Tensor]:
