@@ -41,8 +41,8 @@ def train(config: DictConfig) -> None:
         trainer = assemble(config, run, start_up)
         resume_or_start(trainer, config)
         run.begin(trainer.step)
-        if processes.is_main:
-            save_config(config, run.directory)
+        if processes.is_main and not (trainer.finished and (run.directory / "config.yaml").exists()):
+            save_config(config, run.directory)  # nothing is trained with it otherwise
         introduce(trainer, config)
         trainer.fit()
         summarise_run(trainer)

@@ -81,7 +81,9 @@ CASES: dict[str, list[str]] = {
     "-m loss.student_tmp=0.1,0.2": ["loss.student_tmp: there is no such key; did you mean loss.student_temp?"],
     "-m trainer.epochs = 5 seed=0,1": ["trainer.epochs = 5: write trainer.epochs=5, without spaces"],
     "run_dir=/etc/passwd/run": ["run_dir=/etc/passwd/run: /etc/passwd is not a folder"],
+    "run_dir=/proc/run": ["run_dir=/proc/run: /proc is not a folder that can be written to"],  # whoever asks
     "run_dir=": ["run_dir=: it is empty; give the folder"],
+    "--cfg job loss.techer_temp=0.07": ["loss.techer_temp: there is no such key; did you mean loss.teacher_temp?"],
     "name=../elsewhere": ["name=../elsewhere: it is a part of the run's path"],
     "name=": ["name=: it is a part of the run's path; give one that is not empty"],
     "trainer.device=tpu": ["trainer.device=tpu: use auto or cpu or cuda"],

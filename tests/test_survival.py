@@ -157,6 +157,21 @@ def test_what_changes_results_is_refused_unless_it_is_asked_for_by_name(undistur
     assert "changed     loss.teacher_temp: 0.02 -> 0.05" in allowed.stdout
 
 
+def test_a_run_that_is_done_keeps_its_record(undisturbed: Path, tmp_path: Path) -> None:
+    """It was not trained with the settings of a later command, and is not shorter than it is."""
+    run_dir = copy_run(undisturbed, tmp_path, up_to=12)
+    config, lines = (run_dir / "config.yaml").read_text(), metrics(run_dir)
+    shorter = train(*EVENTFUL, "trainer.max_steps=10", cwd=tmp_path)
+    assert shorter.returncode == 2
+    assert "trainer.max_steps=10: that is step 10, and " in shorter.stderr
+    assert "step_00000012.pt is of step 12 already; give more, or another run_dir" in shorter.stderr
+    changed = train(*EVENTFUL, "loss.teacher_temp=0.05", "resume_changes=[loss.teacher_temp]", cwd=tmp_path)
+    assert changed.returncode == 0, changed.stderr
+    assert "nothing is left to train" in changed.stdout
+    assert (run_dir / "config.yaml").read_text() == config
+    assert metrics(run_dir) == lines
+
+
 def test_another_batch_counts_its_steps_anew_in_another_directory(undisturbed: Path, tmp_path: Path) -> None:
     """The limit of six steps an epoch stays, so 4 steps of 64 images into it are 2 steps of 128."""
     checkpoint = copy_run(undisturbed, tmp_path, up_to=10) / "checkpoints" / "step_00000010.pt"
@@ -503,9 +518,12 @@ def test_resume_from_a_path_can_be_typed_again(undisturbed: Path, tmp_path: Path
     assert "goes on from its newest checkpoint" in again.stdout
     assert "step_00000010.pt, step 10" in again.stdout
     run_dir = tmp_path / "run"
+    whole = (run_dir / "metrics.jsonl").read_text()
     back = train(*EVENTFUL, f"resume={run_dir}/checkpoints/step_00000010.pt", "trainer.max_steps=11", cwd=tmp_path)
     assert back.returncode == 0, back.stderr
-    assert [path.name for path in (run_dir / "checkpoints" / "abandoned").glob("*.pt")] == ["step_00000012.pt"]
+    abandoned = run_dir / "checkpoints" / "abandoned"
+    assert [path.name for path in abandoned.glob("*.pt")] == ["step_00000012.pt"]
+    assert (abandoned / "step_00000012.metrics.jsonl").read_text() == whole
     assert last_state(run_dir)["step"] == 11
     foreign = train(*EVENTFUL, f"resume={undisturbed}/checkpoints/step_00000010.pt", cwd=tmp_path)
     assert foreign.returncode == 2

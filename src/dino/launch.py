@@ -33,7 +33,7 @@ from dino.exits import (
 )
 from dino.frozen import load_frozen
 from dino.messages import ConfigError, did_you_mean, report
-from dino.overrides import options_of, parsed
+from dino.overrides import compose_or_explain, options_of, parsed
 from dino.presets import fit_presets, leaves
 from dino.processes import Processes
 from dino.validation import checked
@@ -149,6 +149,10 @@ def _checked_arguments(processes: Processes) -> argparse.Namespace:
         exit_with([f"-m with {processes.world_size} processes: start each point by itself, or use one process"])
     if not _only_shows(arguments):
         _refuse_bad_input(arguments)
+    elif arguments.overrides and (arguments.cfg or arguments.help or arguments.info) and not arguments.multirun:
+        _, problems = compose_or_explain(arguments.overrides)  # a config that lacks a path may be looked at
+        if problems:
+            exit_with(problems)
     return arguments
 
 

@@ -6,7 +6,7 @@
 
 import fnmatch
 import math
-import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,6 +229,15 @@ def _sharded(values: Mapping[str, Any]) -> Iterator[str]:
         yield "trainer.parallel=fsdp: not with trainer.precision=fp16; use bf16 or fp32, or trainer.parallel=ddp"
 
 
+def _takes_files(folder: Path) -> bool:
+    """Tried, since permissions say nothing of what root may do in /proc or on a disk that is read-only."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
 def _paths(values: Mapping[str, Any]) -> Iterator[str]:
     """Paths at which nothing lies, or nothing can be written."""
     name, run_dir = str(values.get("name")), values.get("run_dir")
@@ -239,7 +248,7 @@ def _paths(values: Mapping[str, Any]) -> Iterator[str]:
     elif run_dir is not None:
         folder = Path(run_dir).absolute()
         existing = next(path for path in (folder, *folder.parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
+        if not existing.is_dir() or not _takes_files(existing):
             yield f"run_dir={run_dir}: {existing} is not a folder that can be written to; give another run_dir"
     root = values.get("dataset.root")
     if root is None and "dataset.root" in values:

@@ -168,6 +168,14 @@ def test_a_dry_run_freezes_and_shows_and_submits_nothing(here: WorkingCopy) -> N
 
 
 @pytest.mark.slow
+def test_without_a_name_the_newest_sweep_is_one_that_was_submitted(here: WorkingCopy) -> None:
+    real = here.submit(*HERE, *LONG, name="outputs/sweeps/real")
+    here.sweep("submit", "--dry-run", "sweep.dir=outputs/sweeps/dry", *HERE)
+    assert "cancelled   1 trial of outputs/sweeps/real; those that run" in here.sweep("cancel").stdout
+    assert set(here.wait(real).values()) == {"cancelled"}
+
+
+@pytest.mark.slow
 def test_two_who_resume_at_once_start_nothing_twice(here: WorkingCopy) -> None:
     manifest = here.submit("--dry-run", *HERE, "sweep.seeds=[0,1,2]")
     both = [here.start("sweep.py", "resume", "s") for _ in range(2)]

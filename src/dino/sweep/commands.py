@@ -45,7 +45,7 @@ console = Console()
 
 
 def find(sweep: Path | None) -> Manifest:
-    """The sweep in this folder; without one the newest below outputs/sweeps.
+    """The sweep in this folder; without one the newest below outputs/sweeps, of those that were more than a dry run.
 
     Raises:
         ValueError: there is none.
@@ -58,7 +58,7 @@ def find(sweep: Path | None) -> Manifest:
             found.append(Manifest.read(path.parent))
     if not found:
         raise ValueError("outputs/sweeps: no sweep is here; name the folder of one, or submit one")
-    return max(found, key=lambda manifest: manifest.created)
+    return max(found, key=lambda manifest: (bool(manifest.submissions) or _searches(manifest), manifest.created))
 
 
 def chosen(manifest: Manifest, names: Sequence[str]) -> list[Trial]:
@@ -119,7 +119,7 @@ def cancel(manifest: Manifest, names: Sequence[str]) -> None:
         trials = [trial for trial in chosen(manifest, names) if states[trial.id].state in UNDER_WAY]
         manifest.mark_cancelled(trials, "by sweep.py cancel")
         cluster.cancel(manifest, trials)
-    _say(f"cancelled   {_count(len(trials))}; those that run save and stop")
+    _say(f"cancelled   {_count(len(trials))} of {_shown(manifest.folder)}; those that run save and stop")
 
 
 def resume(manifest: Manifest, names: Sequence[str], code: Code) -> None:

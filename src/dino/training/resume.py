@@ -36,8 +36,8 @@ def resume_or_start(trainer: Trainer, config: DictConfig) -> None:
 
     Raises:
         ValueError: for `resume=never` or a PATH from elsewhere in a run directory that has checkpoints of its own, for
-            checkpoints none of which is valid, and for one that was made with other settings that change results,
-            unless `resume_changes` names them.
+            checkpoints none of which is valid, for one that was made with other settings that change results, unless
+            `resume_changes` names them, and for one beyond the end of the run.
     """
     newest = _newest(trainer, needed=config.resume in ("auto", "never"))
     if config.resume == "never":
@@ -60,6 +60,12 @@ def resume_or_start(trainer: Trainer, config: DictConfig) -> None:
         trainer.origin = str(path.resolve())
     if path.resolve().parent == trainer.checkpoints.directory.resolve():
         trainer.checkpoints.saved_step = trainer.step
+    if trainer.step > trainer.total_steps:
+        key = "max_steps" if trainer.options.max_steps == trainer.total_steps else "epochs"
+        raise ValueError(
+            f"trainer.{key}={getattr(trainer.options, key)}: that is step {trainer.total_steps}, and {path} is of step "
+            f"{trainer.step} already; give more, or another run_dir"
+        )
     log.info("resume      %s, step %d", path, trainer.step)
     if trainer.finished:
         log.info("note        nothing is left to train: the run has %d steps", trainer.total_steps)

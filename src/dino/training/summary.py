@@ -106,7 +106,9 @@ def closing_words(trainer: Trainer, summary: dict[str, Any], lines: list[dict[st
         words.append(f"k-NN        {_knn_words(metrics, start, before)}")
     words.append(f"health      {_health_words(trainer)}{f'; k-NN is below that of {start}' if is_worse else ''}")
     names = [f"checkpoints/{name}.pt" for name in ("best", "last") if (run_dir / f"checkpoints/{name}.pt").exists()]
-    protocols = "knn,linear" if "val/knn_top1" in metrics else "rank"  # which needs no labels
+    splits = trainer.dataset.evaluation()
+    has_labels = splits is not None and all(source.labels is not None for source in splits)
+    protocols = "knn,linear" if has_labels else "rank"
     words += [
         f"files       {', '.join([f'{run_dir}: metrics.jsonl', 'training_summary.json', *names])}",
         f"evaluate    dino evaluate {shlex.quote(str(run_dir))} --protocol {protocols}",
