@@ -1,8 +1,8 @@
 """How far apart two cores are: how long a word from one to the other and an answer take.
 
 On a virtual machine that changes while a benchmark runs, as the host moves its cores: where they share a cache, what
-one wrote is near the other; on two chips it is far, but they read and write memory twice as fast. Either decides what
-is quicker, so the harness also takes ratios of each by itself.
+one wrote is near the other; on two chips it is far, but they read and write memory faster. Either decides what is
+quicker, so the harness also takes ratios of each by itself.
 
 Run as a program, this file is the core that answers.
 """

@@ -64,10 +64,7 @@ def table(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     shares = any("of products" in figures for figures in comparison["contenders"].values())
     columns = ["", comparison["unit"] if per_second else "time", "quartiles"]
     columns += [f"times {reference}" for reference in references]
-    in_both = {
-        name for figures in comparison["contenders"].values() for name in figures.get("times_faster_by_cores", ())
-    }
-    by_cores = [name for name in references if name in in_both]
+    by_cores = [name for name in references if _has_places(comparison["contenders"], name)]
     columns += [f"times {reference}, cores {place}" for reference in by_cores for place in PLACES]
     columns += [{"process": "peak memory", "extra": "extra memory"}[memory]] if memory != "none" else []
     columns += ["of products"] if shares else []
@@ -89,6 +86,12 @@ def table(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         row += [f"{figures['num_clean']} of {figures['num_samples']}{' !' if figures['noisy'] else ''}"]
         rows.append(row)
     return columns, rows
+
+
+def _has_places(contenders: dict[str, dict[str, Any]], reference: str) -> bool:
+    """Whether all others were compared with it both with the cores near and far."""
+    others = [figures for name, figures in contenders.items() if name != reference]
+    return bool(others) and all(reference in figures.get("times_faster_by_cores", {}) for figures in others)
 
 
 def _times(spread: dict[str, float]) -> str:
