@@ -137,7 +137,15 @@ def data_bench(
         mean, std = dataset.normalization()
         augmentation = build(config, "augmentation", mean=mean, std=std)
         train_step = _training_step(config, precision, len(dataset.train())) if step else None
-        report = bench(dataset, augmentation, precision.device, seed=config.seed, seconds=seconds, step=train_step)
+        report = bench(
+            dataset,
+            augmentation,
+            precision.device,
+            seed=config.seed,
+            seconds=seconds,
+            step=train_step,
+            tell=lambda what: typer.echo(f"measuring   {what}", err=True),
+        )
     if as_json:
         typer.echo(json.dumps(report.as_dict()))
         return

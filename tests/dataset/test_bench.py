@@ -127,6 +127,9 @@ def test_stages_are_those_of_one_core_and_views_are_handed_over_by_all_threads_o
 def test_on_a_set_in_memory_with_a_step_as_json() -> None:
     done = command(*TINY, "trainer.device=cpu", "--step", "--json", "--seconds", "0.05")
     assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[:3] == [
+        f"measuring   {what}" for what in ("stages, on one core", "training steps", "loader, no workers")
+    ]
     report = json.loads(done.stdout)
     assert list(report["stages"]) == ["read", "crop", "photometric"]
     assert report["in_memory"]

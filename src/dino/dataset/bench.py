@@ -109,6 +109,7 @@ def bench(
     seconds: float,
     step: Callable[[ViewBatch], object] | None = None,
     worker_counts: Sequence[int] | None = None,
+    tell: Callable[[str], object] = lambda what: None,
 ) -> BenchReport:
     """Measures the stages on one core, the loader with several numbers of workers, and `step` if it is given.
 
@@ -116,11 +117,13 @@ def bench(
         seconds: about how long each of these is measured.
         step: one training step on float views on `device`; its results are of no interest.
         worker_counts: numbers of workers to try, until more bring nothing; None: 0, 1, 2, 4 ... and all usable cores.
+        tell: is told what is measured next.
 
     Raises:
         ValueError: there are not enough images for one batch, or none of a batch can be read.
     """
     source, num_cores = dataset.train(), len(os.sched_getaffinity(0))
+    tell("stages, on one core")
     stages, views = _stages(source, dataset, augmentation, device, seed, seconds)
 
     def hand_over() -> ViewBatch:
@@ -128,9 +131,12 @@ def bench(
         return augmentation.photometric(views.to(device, non_blocking=True))
 
     handing_over_s = _seconds(hand_over, seconds / 4, device) * dataset.batch_size / len(views.indices)
+    if step is not None:
+        tell("training steps")
     step_times = None if step is None else _step_seconds(step, hand_over(), dataset.batch_size, device, seconds)
     loaders = []
     for num_workers in worker_counts if worker_counts is not None else counts_to_try(num_cores):
+        tell(f"loader, {_workers(num_workers)}")
         batch_s = _loader_seconds(dataset, augmentation, device, seed, num_workers, seconds)
         loaders.append(
             LoaderSpeed(
