@@ -2,6 +2,7 @@
 
 import json
 import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,20 @@ def test_without_a_terminal_the_console_prints_plain_lines(tmp_path: Path, capsy
     assert [line.split()[1] for line in lines] == ["1/10", "10/10"]
     assert lines[1].startswith("step 10/10  loss 0.200 of ln K 6.931  lr 1.00e-03  images/s 100")
     assert "k-NN 91.2 %" in lines[1]
+
+
+def test_the_time_left_does_not_take_the_first_step_for_the_pace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = Console(plain_every_s=0)
+    console.start(RunContext(run_dir=tmp_path, first_step=0, total_steps=10_000, steps_per_epoch=100))
+    time.sleep(0.5)  # 10,000 steps of half a second are an hour and a half
+    for step in (1, 2, 3):
+        console.log(step, {"train/loss": 1.0})
+    console.close()
+    first, *others = (line.rpartition("left ")[2] for line in capsys.readouterr().out.splitlines())
+    assert first == "-"
+    assert all(left < "00:15:00" for left in others), others
 
 
 def test_a_negative_period_is_refused() -> None:

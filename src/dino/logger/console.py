@@ -32,10 +32,10 @@ class Console(Logger):
         self._progress: Progress | None = None
         self._last_line = float("-inf")
         self._waiting: str | None = None  # a line that is not printed yet
+        self._pace_from: tuple[float, int] | None = None  # time and step of the first line of this start
 
     def start(self, context: RunContext) -> None:
         self._context = context
-        self._started = time.monotonic()
         if not RichConsole().is_terminal:
             return
         self._progress = Progress(
@@ -89,8 +89,12 @@ class Console(Logger):
         return True
 
     def _time_left(self, step: int) -> str:
-        done = step - self._context.first_step
-        if done <= 0:
+        """At the pace since the first line: what comes before it, the first step above all, takes longer."""
+        now = time.monotonic()
+        if self._pace_from is None and step > self._context.first_step:
+            self._pace_from = now, step
+        if self._pace_from is None or step == self._pace_from[1]:
             return "-"
-        seconds = (time.monotonic() - self._started) / done * (self._context.total_steps - step)
+        started, first = self._pace_from
+        seconds = (now - started) / (step - first) * (self._context.total_steps - step)
         return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"
