@@ -2,7 +2,7 @@
 
 On a virtual machine that changes while a benchmark runs, as the host moves its cores: where they share a cache, what
 one wrote is near the other; on two chips it is far, but they read and write memory faster. Either decides what is
-quicker, so the harness also takes ratios of each by itself.
+quicker, so `summary.py` also takes ratios of each by itself.
 
 Run as a program, this file is the core that answers.
 """

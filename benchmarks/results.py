@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import PLACES
 from benchmarks.plots import plot
+from benchmarks.summary import PLACES
 
 FOLDER = Path(__file__).parent / "results"
 SETTINGS_SHOWN = ("gflop_per_image", "products_gflop_per_s", "student_logits_mib")

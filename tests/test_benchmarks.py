@@ -15,7 +15,8 @@ from torch import Tensor
 
 from benchmarks import head_loss, layers, loss, profiling, results, step, training_steps, update, views
 from benchmarks.cores import round_trip_ns
-from benchmarks.harness import Contender, ContenderError, Sampling, compare, summarise
+from benchmarks.harness import Contender, ContenderError, Sampling, compare
+from benchmarks.summary import summarise
 from benchmarks.training_steps import OurStep, baseline_training, compose_step, list_of_views
 from dino.config import compose
 
