@@ -181,6 +181,7 @@ def prune(new: Path, keep: int) -> None:
 def set_aside(directory: Path, after: int) -> list[Path]:
     """Moves every checkpoint of a step larger than `after`, valid or not, to `abandoned/`, durably, the newest first.
 
+    Beside that one goes a copy of the run's metrics, whose lines of later steps will be cut.
     Nothing there is overwritten: the second `step_00000045.pt` becomes `step_00000045.1.pt`, which loads as well.
     `last.pt` then names the newest one that remains; `best.pt` is removed where what it named is.
     """
@@ -197,24 +198,28 @@ def set_aside(directory: Path, after: int) -> list[Path]:
         else:
             named.unlink()
             flush_folder(directory)
-    moved = [_abandon(path) for path in later]
+    moved = [_abandon(path, with_metrics=path == later[0]) for path in later]
     if moved:
         flush_folder(directory)
     return moved
 
 
-def _abandon(path: Path) -> Path:
+def _abandon(path: Path, *, with_metrics: bool) -> Path:
     folder, sidecar = path.parent / "abandoned", path.with_suffix(".json")
     folder.mkdir(exist_ok=True)
     names = itertools.chain([path.name], (f"{path.stem}.{number}.pt" for number in itertools.count(1)))
     candidates = (folder / name for name in names)
     target = next(new for new in candidates if not (new.exists() or new.with_suffix(".json").exists()))
-    # The sidecar is copied before and removed after: whenever this stops, there is one beside the checkpoint.
-    if sidecar.exists():
-        with target.with_suffix(".json").open("wb") as file:
-            file.write(sidecar.read_bytes())
-            file.flush()
-            os.fsync(file.fileno())
+    # Copied before the checkpoint moves, and the sidecar removed after: whenever this stops, they are beside it.
+    copies = {sidecar: ".json"}
+    if with_metrics:
+        copies[path.parent.parent / "metrics.jsonl"] = ".metrics.jsonl"
+    for source, suffix in copies.items():
+        if source.exists():
+            with target.with_suffix(suffix).open("wb") as file:
+                file.write(source.read_bytes())
+                file.flush()
+                os.fsync(file.fileno())
     move(path, target)
     sidecar.unlink(missing_ok=True)
     return target

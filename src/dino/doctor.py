@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from dino import code
 from dino.checkpoint_files import human_size
+from dino.validation import takes_files
 
 Verdict = Literal["good", "note", "wrong"]
 
@@ -137,7 +138,7 @@ def _disk(config: DictConfig) -> Iterator[Finding]:
     folder = Path(config.run_dir)
     while not folder.is_dir():
         folder = folder.parent
-    if not os.access(folder, os.W_OK):
+    if not takes_files(folder):
         yield Finding("wrong", "disk", f"{folder.resolve()} cannot be written", "set run_dir to a folder of yours")
         return
     free = shutil.disk_usage(folder).free

@@ -229,7 +229,7 @@ def _sharded(values: Mapping[str, Any]) -> Iterator[str]:
         yield "trainer.parallel=fsdp: not with trainer.precision=fp16; use bf16 or fp32, or trainer.parallel=ddp"
 
 
-def _takes_files(folder: Path) -> bool:
+def takes_files(folder: Path) -> bool:
     """Tried, since permissions say nothing of what root may do in /proc or on a disk that is read-only."""
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -248,7 +248,7 @@ def _paths(values: Mapping[str, Any]) -> Iterator[str]:
     elif run_dir is not None:
         folder = Path(run_dir).absolute()
         existing = next(path for path in (folder, *folder.parents) if path.exists())
-        if not existing.is_dir() or not _takes_files(existing):
+        if not existing.is_dir() or not takes_files(existing):
             yield f"run_dir={run_dir}: {existing} is not a folder that can be written to; give another run_dir"
     root = values.get("dataset.root")
     if root is None and "dataset.root" in values:

@@ -147,7 +147,8 @@ class CheckpointStore:
         link("last.pt", (self.directory / "best.pt").resolve())
 
     def set_aside(self, after: int) -> list[Path]:
-        """Moves the checkpoints of later steps to `abandoned/`, whose names are returned; when nobody writes."""
+        """Moves the checkpoints of later steps to `abandoned/`, with a copy of the metrics, and returns their names
+        there; when nobody writes."""
         return checkpoint_files.set_aside(self.directory, after)
 
     def tidy(self) -> None:

@@ -5,7 +5,6 @@
 
 import itertools
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -185,12 +184,8 @@ class Trainer:
     def _start(self) -> None:
         if ranks.rank() == 0:
             self.checkpoints.tidy()
-            aside = self.checkpoints.set_aside(after=self.step)
-            for path in aside:
+            for path in self.checkpoints.set_aside(after=self.step):
                 log.warning("set aside   %s: newer than where the run goes on, or damaged", path)
-            metrics = self.run.directory / "metrics.jsonl"
-            if aside and metrics.exists():  # its lines of later steps are about to go
-                shutil.copyfile(metrics, aside[0].with_suffix(".metrics.jsonl"))
             self.checkpoints.point_best_to(self.early_stopping.best_step)
         self._last_logged_step = self.step
         self.run.update(total_steps=self.total_steps)
