@@ -3,6 +3,7 @@
 import difflib
 import re
 import shlex
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -38,6 +39,11 @@ def quoted(text: str) -> str:
     """A text as Hydra reads it in an override, whatever is in it."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
+
+
+def clock_time(seconds: float) -> str:
+    """For example 00:02:06, or 1.5 days."""
+    return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"
 
 
 def nearest_first(word: str, options: Iterable[str]) -> list[str]:

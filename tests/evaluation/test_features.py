@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dino.evaluation import evaluation_mode, extract_features, normalized
+from dino.evaluation import evaluation_mode, extract_features, normalized, progress
+from dino.evaluation.linear_probe import train_probes
 
 CPU = torch.device("cpu")
 
@@ -45,6 +46,20 @@ def test_features_and_labels_keep_the_order_of_the_images() -> None:
     torch.testing.assert_close(features, expected)
     assert labels is not None
     assert labels.tolist() == list(range(9))
+
+
+def test_what_takes_long_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "dino")
+    extract_features(lambda x: x.mean(dim=(2, 3)), batches([4, 4, 1]), CPU, mean=[0, 0], std=[1, 1])
+    assert not caplog.records
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    extract_features(lambda x: x.mean(dim=(2, 3)), batches([4, 4, 1]), CPU, mean=[0, 0], std=[1, 1])
+    train_probes(torch.randn(8, 2), torch.arange(8) % 2, 2, [0.1], epochs=2)
+    assert [record.message for record in caplog.records] == [
+        "evaluating  4 of 9 images, left 00:00:00",
+        "evaluating  8 of 9 images, left 00:00:00",
+        "evaluating  1 of 2 epochs of linear probes, left 00:00:00",
+    ]
 
 
 def test_without_labels_there_are_none() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from dino import preemption
-from dino.ranks import any_rank, gather_rows
+from dino.evaluation.progress import telling_progress
+from dino.ranks import any_rank, gather_rows, world_size
 
 
 class Batches(Protocol):
@@ -63,7 +64,9 @@ def extract_features(
     features, labels = _Rows(loader.num_images, kept_as), _Rows(loader.num_images, torch.int64)
     mode = evaluation_mode(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
     with torch.inference_mode(), mode:
-        for images, batch_labels in preemption.until_requested(loader):
+        batches = preemption.until_requested(loader)
+        whose = "images" if world_size() == 1 else "images of this rank"
+        for images, batch_labels in telling_progress(batches, loader.num_images, whose, lambda batch: len(batch[0])):
             views = normalized(images.to(device, non_blocking=True), mean, std)
             with autocast():
                 batch = model(views).float()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dino import preemption
+from dino.evaluation.progress import telling_progress
 from dino.run import NonFiniteFeaturesError
 
 MOMENTUM = 0.9  # of the original, which has no weight decay
@@ -77,7 +78,7 @@ def train_probes(
     # A rate times the gradient is the rate times the step, with momentum too; so all probes are one tensor.
     optimizer = torch.optim.SGD([weight, bias], lr=1.0, momentum=MOMENTUM)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for _ in preemption.until_requested(range(epochs)):
+    for _ in telling_progress(preemption.until_requested(range(epochs)), epochs, "epochs of linear probes"):
         for rows in torch.split(torch.randperm(len(features), generator=generator), batch_size):
             batch, targets = features[rows].to(device, torch.float32), labels[rows].to(device)
             logits = F.linear(batch, weight.flatten(0, 1), bias.flatten()).view(-1, num_classes)  # [B * R, C]

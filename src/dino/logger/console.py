@@ -6,6 +6,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dino.logger.base import Logger, RunContext
+from dino.messages import clock_time
 from dino.run import go_on_without_stdout
 
 SHOWN = {  # metric -> label and format on the progress line
@@ -96,5 +97,4 @@ class Console(Logger):
         if self._pace_from is None or step == self._pace_from[1]:
             return "-"
         started, first = self._pace_from
-        seconds = (now - started) / (step - first) * (self._context.total_steps - step)
-        return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"
+        return clock_time((now - started) / (step - first) * (self._context.total_steps - step))
