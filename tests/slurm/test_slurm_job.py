@@ -150,6 +150,15 @@ def test_what_the_site_refuses_is_said_at_once(lab: Lab, settings: dict[str, Any
     assert lab.slurm("squeue", "-h") == ""
 
 
+def test_a_machine_that_knows_no_cluster_says_so(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = lab.sweep(FINISHES)
+    empty = lab.folder / "empty.conf"
+    empty.touch()
+    monkeypatch.setenv("SLURM_CONF", str(empty))
+    with pytest.raises(ValueError, match=r"^cluster=slurm: sbatch knows no cluster on this machine; submit from"):
+        lab.cluster(manifest).submit(manifest, manifest.trials, 0)
+
+
 @pytest.mark.parametrize("accepted", [False, True])
 def test_an_sbatch_without_an_answer_is_repeated_but_no_trial_submitted_twice(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, accepted: bool

@@ -25,6 +25,7 @@ WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD"
 # A job that completes may still be saving, and must not be started a second time.
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
 
+NO_CLUSTER = re.compile(r"configuration (source|file)")  # neither slurm.conf nor a name server says where it is
 ANSWERS_OF_SBATCH = {  # what it says, and which settings to look at
     r"partition": ("partition",),
     r"account": ("account", "partition"),
@@ -124,6 +125,8 @@ def cancel_jobs(jobs: Sequence[str]) -> None:
 
 def explained(refusal: str, settings: Mapping[str, Any]) -> str:
     """What sbatch said, and the settings that it speaks of."""
+    if NO_CLUSTER.search(refusal):
+        return "cluster=slurm: sbatch knows no cluster on this machine; submit from a login node, or use cluster=local"
     for pattern, keys in ANSWERS_OF_SBATCH.items():
         if re.search(pattern, refusal):
             named = ", ".join(f"cluster.{key}={show(settings[key])}" for key in keys)
