@@ -73,6 +73,9 @@ CASES: dict[str, list[str]] = {
     # paths
     "dataset=folder": ["dataset.root=null: say where the images are"],
     "dataset=cifar10": ["dataset.root=data: there is no such file or folder", "dataset.download=true"],
+    "dataset=folder 'dataset.root=/mine (old)/images'": [
+        "dataset.root=/mine (old)/images: the value cannot be read as it stands; quote it, twice"
+    ],
     "dataset=folder dataset.root=/no/such/place": ["dataset.root=/no/such/place: there is no such file or folder"],
     "resume=no_such_checkpoint.pt": ["resume=no_such_checkpoint.pt: there is no such checkpoint"],
     "backbone.weights=no_such_file.pt": ["backbone.weights=no_such_file.pt: there is no such file"],

@@ -58,8 +58,12 @@ def checked(overrides: Sequence[str], *, paths: bool = True) -> tuple[DictConfig
     """
     config, problems = compose_or_explain(overrides)
     findings = check(config, paths=paths) if config is not None else Findings()
-    if config is None or problems or findings.problems:
-        raise ConfigError(problems + findings.problems)
+    # A key whose value could not be read is only said to be missing because of that.
+    unread = [word.partition("=")[0] for word in overrides if any(each.startswith(f"{word}: ") for each in problems)]
+    again = tuple(key + end for key in unread for end in ("=", ": "))
+    found = [problem for problem in findings.problems if not problem.startswith(again)]
+    if config is None or problems or found:
+        raise ConfigError(problems + found)
     if problems := target_problems(config):
         raise ConfigError(problems)
     return config, findings.warnings
