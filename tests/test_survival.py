@@ -391,7 +391,7 @@ def test_a_malicious_checkpoint_is_refused_without_running_anything(tmp_path: Pa
     assert pickle.dumps(Malicious())
     result = train("run_dir=run", f"resume={path}", cwd=tmp_path)
     assert result.returncode == 2
-    assert "error: resume=" in result.stderr
+    assert f"error: resume={path}: not a checkpoint of a run, or a copy without what lay beside it" in result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     assert not (tmp_path / "it_ran").exists()
 
@@ -537,7 +537,8 @@ def test_without_any_valid_checkpoint_a_run_is_refused_not_started_anew(undistur
     lines = metrics(run_dir)
     result = train(*EVENTFUL, cwd=tmp_path)
     assert result.returncode == 2
-    assert "none of its checkpoints is valid" in result.stderr
+    assert f"run_dir={run_dir}: none of its checkpoints is valid (" in result.stderr
+    assert f"; give resume=PATH of a good one, or remove {run_dir}/checkpoints to start anew" in result.stderr
     assert metrics(run_dir) == lines
 
 

@@ -126,9 +126,8 @@ class CheckpointStore:
             problems.append((path, problem))
         if problems:
             raise ValueError(
-                f"run_dir={self.directory.parent}: none of its checkpoints is valid "
-                f"({'; '.join(f'{path.name}: {problem}' for path, problem in problems)}); "
-                f"give resume=PATH of a good one, or remove {self.directory} to start anew"
+                f"{self.directory.parent}: none of its checkpoints is valid "
+                f"({'; '.join(f'{path.name}: {problem}' for path, problem in problems)})"
             )
         return None
 
@@ -265,7 +264,11 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"resume={path}: there is no such checkpoint")
     problem = find_problem(path)
     if problem is not None:
-        raise ValueError(f"resume={path}: the checkpoint is damaged: {problem}")
+        ours = checkpoint_files.read_sidecar(path) is not None or checkpoint_files.NAME.fullmatch(path.name)
+        what = (
+            "the checkpoint is damaged" if ours else "not a checkpoint of a run, or a copy without what lay beside it"
+        )
+        raise ValueError(f"resume={path}: {what}: {problem}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch each have their own

@@ -78,7 +78,8 @@ def _newest(trainer: Trainer, *, needed: bool) -> Path | None:
         try:
             found = trainer.checkpoints.newest_valid()
         except ValueError as error:
-            found = error
+            remedy = f"give resume=PATH of a good one, or remove {trainer.checkpoints.directory} to start anew"
+            found = ValueError(f"run_dir={error}; {remedy}")
     found = ranks.from_main(found)
     if isinstance(found, ValueError):
         if needed:
