@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score
+from torch import Tensor
 from torch.testing import assert_close
 
-from dino.backbone import VisionTransformer
-from dino.evaluation import CopyDetectionEvaluator, EvaluationInputs, RetrievalEvaluator
+from dino.backbone import Backbone, VisionTransformer
+from dino.evaluation import CopyDetectionEvaluator, EvaluationInputs, RetrievalEvaluator, copy_detection
 from dino.evaluation.copy_detection import Whitening, descriptors
 from dino.evaluation.ranking import average_precision, positive_ranks, precision_at
 from dino.evaluation.retrieval import read_shrunk
@@ -176,6 +177,28 @@ def test_copies_find_their_originals_and_others_do_not(copydays: Path, make_inpu
     assert with_more.evaluate(inputs)["val/copy_jpegqual_20_map"] == 100
     whitened = CopyDetectionEvaluator(root=str(copydays), whitening=str(copydays / "original"), image_size=32)
     assert whitened.evaluate(inputs)["val/copy_jpegqual_20_map"] > 50
+
+
+def test_many_tokens_are_handled_a_few_images_at_a_time(
+    copydays: Path, make_inputs: MakeInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention over all pairs of 32 images of 6,401 tokens would take tens of gigabytes."""
+    inputs, sizes = make_inputs(), list[int]()
+    of_batch = copy_detection.descriptors
+
+    def counted(backbone: Backbone, images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        return of_batch(backbone, images)
+
+    monkeypatch.setattr(copy_detection, "descriptors", counted)
+    whole = CopyDetectionEvaluator(root=str(copydays), image_size=32).evaluate(inputs)
+    assert set(sizes) == {5}
+    side = 32 // inputs.backbone.patch_size
+    monkeypatch.setattr(copy_detection, "MAX_PAIRS", 2 * side**4)
+    assert CopyDetectionEvaluator(root=str(copydays), image_size=32).evaluate(inputs) == whole
+    assert set(sizes[3:]) == {2, 1}
+    with pytest.raises(ValueError, match="image_size=1: a patch alone has"):
+        CopyDetectionEvaluator(root=str(copydays), image_size=1).evaluate(inputs)
 
 
 def test_descriptors_are_class_token_and_generalised_mean() -> None:

@@ -27,6 +27,7 @@ GEM_POWER = 4.0
 NUM_FOUND = 20  # of each search
 IMAGES_A_COPY = 100  # 200001.jpg and 200017.jpg are copies of 200000.jpg
 BATCH = 32
+MAX_PAIRS = 2**25  # of tokens in a batch: where attention holds them all, 0.8 GB with 6 heads in float32
 
 
 @dataclass(kw_only=True)
@@ -95,12 +96,18 @@ class CopyDetectionEvaluator:
 
     def _descriptors(self, inputs: FeatureInputs, files: Sequence[Path]) -> Tensor:
         """[N, D'] on the CPU; every rank computes a part and gets all."""
-        own, rows = files[ranks.own_part(len(files), BATCH)], list[Tensor]()
         mean, std = inputs.dataset.normalization()
-        size = self.image_size // inputs.backbone.patch_size * inputs.backbone.patch_size
+        side = self.image_size // inputs.backbone.patch_size  # [patches]
+        if side == 0:
+            raise ValueError(
+                f"{NAME}.image_size={self.image_size}: a patch alone has {inputs.backbone.patch_size} pixels"
+            )
+        size = side * inputs.backbone.patch_size
+        batch = max(1, min(BATCH, MAX_PAIRS // side**4))
+        own, rows = files[ranks.own_part(len(files), batch)], list[Tensor]()
         with torch.inference_mode(), evaluation_mode(inputs.backbone):
-            for first in preemption.until_requested(range(0, len(own), BATCH)):
-                files_of_batch = own[first : first + BATCH]
+            for first in preemption.until_requested(range(0, len(own), batch)):
+                files_of_batch = own[first : first + batch]
                 images = torch.cat([_squeezed(file, inputs.dataset.channels, size) for file in files_of_batch])
                 with inputs.autocast():
                     rows.append(descriptors(inputs.backbone, normalized(images.to(inputs.device), mean, std)).cpu())
@@ -155,8 +162,10 @@ def copydays_blocks(root: Path) -> dict[str, list[Path]]:
     Raises:
         ValueError: if there are no originals, no copies, or files with names of another kind.
     """
+    if not root.is_dir():
+        raise ValueError(f"{NAME}.root={root}: there is no such folder")
     blocks: dict[str, list[Path]] = {}
-    for name in find_images(root) if root.is_dir() else []:
+    for name in find_images(root):
         blocks.setdefault(str(Path(name).parent), []).append(root / name)
     if ORIGINAL not in blocks or len(blocks) < 2:
         raise ValueError(f"{NAME}.root={root}: needs original/ and a folder of copies, such as strong/")

@@ -156,6 +156,8 @@ def read_ground_truth(root: Path) -> dict[str, Any]:
     Raises:
         ValueError: if there is none, or it holds something else.
     """
+    if not root.is_dir():
+        raise ValueError(f"{NAME}.root={root}: there is no such folder")
     files = sorted(root.glob("gnd_*.pkl"))
     if not files:
         raise ValueError(f"{NAME}.root={root}: has no gnd_<name>.pkl; give a folder like roxford5k of the benchmark")
