@@ -160,6 +160,20 @@ def test_a_dead_key_is_named(copied_conf: Path, file: str, name: str, key: str) 
         validation.checked([])
 
 
+def test_a_file_that_is_no_yaml_of_ours_is_named_with_its_line(copied_conf: Path) -> None:
+    experiments = copied_conf / "experiment"
+    (experiments / "broken.yaml").write_text("# @package _global_\nloss:\n  teacher_temp: [0.04, 0.07\nname: }\n")
+    (experiments / "latin1.yaml").write_bytes(b"# f\xfcr mich\nseed: 1\n")
+    (experiments / "no_package.yaml").write_text("loss:\n  teacher_temp: 0.07\n")
+    validation.checked([])  # what is not chosen disturbs nobody
+    with pytest.raises(ConfigError, match=rf"^{re.escape(str(experiments))}/broken\.yaml, line 4: "):
+        validation.checked(["experiment=broken"])
+    with pytest.raises(ConfigError, match=r"/latin1\.yaml: it is not text in UTF-8"):
+        validation.checked(["experiment=latin1"])
+    with pytest.raises(ConfigError, match=r"^experiment\.loss\.teacher_temp: .*conf/experiment must begin with"):
+        validation.checked(["experiment=no_package"])
+
+
 def test_a_key_that_only_other_keys_read_is_not_dead_and_not_passed_on(copied_conf: Path) -> None:
     (copied_conf / "ema" / "default.yaml").write_text(
         "_target_: dino.optimizer.EMA\nmomentum: 0.5\nshare: 0.25\nbuffers: own\n"

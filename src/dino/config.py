@@ -183,7 +183,7 @@ _REFERENCE = re.compile(r"(?:\$\{|oc\.select:\s*)([A-Za-z_][\w.]*)\s*[},]")
 def read_keys_of_conf() -> frozenset[str]:
     """Every key that some file of conf/ reads. All files count, not only those chosen, so that replacing a reader
     (`loss/centering=sinkhorn`) does not make the key that it read an unknown one."""
-    return frozenset(key for path in CONF.rglob("*.yaml") for key in referenced_keys(path.read_text()))
+    return frozenset(key for path in CONF.rglob("*.yaml") for key in referenced_keys(path.read_text(errors="replace")))
 
 
 def referenced_keys(text: Any) -> list[str]:

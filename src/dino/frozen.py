@@ -24,7 +24,10 @@ def load_frozen(words: Sequence[str]) -> DictConfig:
     if at + 1 == len(words):
         raise ConfigError(["--frozen: the path of a run's config.yaml is needed"])
     path, others = Path(words[at + 1]), [*words[:at], *words[at + 2 :]]
-    config = read_frozen(path)
+    try:
+        config = read_frozen(path)
+    except ConfigError as error:
+        raise ConfigError([f"--frozen {problem}" for problem in error.problems]) from None
     _override(config, others)
     findings = check(config)
     if findings.problems:
@@ -37,17 +40,15 @@ def read_frozen(path: Path) -> DictConfig:
     try:
         config = OmegaConf.load(path)
     except FileNotFoundError:
-        raise ConfigError([f"--frozen {path}: there is no such file; give the config.yaml of a run"]) from None
+        raise ConfigError([f"{path}: there is no such file; give the config.yaml of a run"]) from None
     except Exception as error:  # YAML's errors and OmegaConf's have no common base
-        raise ConfigError([f"--frozen {path}: {str(error).splitlines()[0]}"]) from None
+        raise ConfigError([f"{path}: {str(error).splitlines()[0]}"]) from None
     if not isinstance(config, DictConfig) or FINGERPRINT not in config:
-        raise ConfigError([f"--frozen {path}: this is not the config.yaml of a run (it has no fingerprint)"])
+        raise ConfigError([f"{path}: this is not the config.yaml of a run (it has no fingerprint)"])
     expected = config.pop(FINGERPRINT)
     actual = fingerprint(config)
     if actual != expected:
-        raise ConfigError(
-            [f"--frozen {path}: its settings give the fingerprint {actual}, not {expected}: the file was changed"]
-        )
+        raise ConfigError([f"{path}: its settings give the fingerprint {actual}, not {expected}: the file was changed"])
     return config
 
 

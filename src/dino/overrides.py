@@ -8,6 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+from yaml import MarkedYAMLError
 
 from dino import config as configuration
 from dino.config import hydra_compose
@@ -154,6 +155,13 @@ def _explain(error: Exception, usable: Sequence[Override]) -> tuple[Override | N
         if group and options_of(group):
             because = "" if culprit else f" (chosen by {_parent_file(text)})"
             return culprit, option_problem(group, option) + because
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        return (
+            None,
+            f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem or _one_sentence(text)}",
+        )
+    if isinstance(error, UnicodeDecodeError):
+        return None, f"{_not_text()}: it is not text in UTF-8; save it as that"
     if inside := re.match(r"In '([^']+)': (.*)", text, re.DOTALL):
         return None, f"conf/{inside[1]}.yaml: {_one_sentence(inside[2])}"
     culprit = _named_in(text, usable)
@@ -167,6 +175,17 @@ def _explain(error: Exception, usable: Sequence[Override]) -> tuple[Override | N
     if "Could not override" in text or "looks like a config group" in text or "not in struct" in text:
         return culprit, unknown_key(key, usable)
     return culprit, f"{line}: {_one_sentence(str(error.__cause__ or text))}"
+
+
+def _not_text() -> str:
+    """The files of conf/ that hold other bytes than text, one of which was chosen."""
+    found = []
+    for path in sorted(configuration.CONF.rglob("*.yaml")):
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            found.append(str(path))
+    return ", ".join(found) or str(configuration.CONF)
 
 
 def unknown_key(key: str, usable: Sequence[Override] = ()) -> str:

@@ -37,6 +37,7 @@ NEEDED = (
     *(f"schedule.{name}" for name in ("lr", "weight_decay", "teacher_momentum", "teacher_temp")),
 )
 CONTAINERS = ("evaluation", "logger", "schedule")
+GLOBAL_GROUPS = ("experiment", "debug", "recipe")  # their files set keys of other groups
 
 
 @dataclass
@@ -132,7 +133,12 @@ def _structure(config: _Config) -> Iterator[str]:
             where = group.replace(".", "/")
             yield f"{where}: a run needs one; choose {' or '.join(f'{where}={o}' for o in options_of(where))}"
     nodes = [key.removesuffix("._target_") for key in config.raw if key.endswith("._target_")]
+    misplaced = {key.split(".")[0]: key for key in config.raw if key.split(".")[0] in GLOBAL_GROUPS}
+    for group, key in misplaced.items():
+        yield f"{key}: the chosen file of conf/{group} must begin with '# @package _global_', as it sets keys of a run"
     for key, value in config.raw.items():
+        if key.split(".")[0] in misplaced:
+            continue
         parent = key.rpartition(".")[0]
         if key in TOP_LEVEL_KEYS or any(f"{key}.".startswith(f"{node}.") for node in nodes):
             continue
