@@ -288,13 +288,15 @@ def test_the_doctor_says_what_is_wrong_and_how_to_mend_it(bare_machine: dict[str
         f"dataset.root={tmp_path}/none",
         "trainer.device=cuda:7",
         "dataset.num_workers=0",
+        "logger=wandb",
         cwd=tmp_path,
         environment=bare_machine,
     )
     assert code == 1
     assert "torch sees no CUDA device here; use auto or cpu" in stdout
     assert f"{tmp_path}/none" in stdout
-    assert "wrong: 2" in stdout
+    assert "wandb login, or WANDB_MODE=offline" in stdout
+    assert "wrong: 3" in stdout
     assert os.listdir(tmp_path) == []  # it leaves nothing behind
 
 

@@ -28,6 +28,7 @@ PACKAGES = (
     "omegaconf",
     "submitit",
     "wandb",
+    "tensorboard",
     "transformers",
     "onnxruntime",
 )
@@ -58,7 +59,7 @@ def examine(config: DictConfig) -> Iterator[Finding]:
             yield Finding("wrong", name, f"{type(error).__name__}: {error}", "")
 
 
-def _versions(_: DictConfig) -> Iterator[Finding]:
+def _versions(config: DictConfig) -> Iterator[Finding]:
     python = f"{platform.python_version()} ({sys.executable})"
     fits = (3, 11) <= sys.version_info[:2] < (3, 14)
     yield Finding("good" if fits else "wrong", "python", python, "" if fits else "use Python 3.11, 3.12 or 3.13")
@@ -66,8 +67,9 @@ def _versions(_: DictConfig) -> Iterator[Finding]:
         try:
             yield Finding("good", name, metadata.version(name))
         except metadata.PackageNotFoundError:
-            verdict: Verdict = "wrong" if name in REQUIRED else "note"
-            yield Finding(verdict, name, "not installed", "make install")
+            needed = name in REQUIRED or name in config.logger
+            advice = "make clean, then make install" if name in REQUIRED else f"pip install {name}"
+            yield Finding("wrong" if needed else "note", name, "not installed", advice)
     commit = code.commit()
     advice = "results of uncommitted code cannot be repeated: commit first" if commit.endswith("+changes") else ""
     yield Finding("note" if advice else "good", "commit", commit, advice)
@@ -173,7 +175,7 @@ def _slurm(_: DictConfig) -> Iterator[Finding]:
     yield Finding("good", "Slurm", f"partitions (state, time limit, nodes): {partitions or 'none'}")
 
 
-def _trackers(_: DictConfig) -> Iterator[Finding]:
+def _trackers(config: DictConfig) -> Iterator[Finding]:
     if importlib.util.find_spec("wandb"):
         mode = os.environ.get("WANDB_MODE")
         if mode in ("offline", "disabled"):
@@ -181,9 +183,8 @@ def _trackers(_: DictConfig) -> Iterator[Finding]:
         elif os.environ.get("WANDB_API_KEY") or _netrc_names("api.wandb.ai"):
             yield Finding("good", "wandb login", "a key is there")
         else:
-            yield Finding("note", "wandb login", "no key", "for logger=wandb: wandb login, or WANDB_MODE=offline")
-    if importlib.util.find_spec("tensorboard") is None:
-        yield Finding("note", "tensorboard", "not installed", "for logger=tensorboard: make install")
+            verdict: Verdict = "wrong" if "wandb" in config.logger else "note"
+            yield Finding(verdict, "wandb login", "no key", "for logger=wandb: wandb login, or WANDB_MODE=offline")
 
 
 def _netrc_names(host: str) -> bool:
