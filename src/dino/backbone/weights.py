@@ -124,7 +124,7 @@ def read_file(path: Path) -> object:
             "the file is damaged, or holds more than tensors and plain values, which is not loaded"
         ) from error
     except Exception as error:  # zip, safetensors and pickle each have their own
-        raise ValueError(f"not a readable weight file ({type(error).__name__})") from error
+        raise ValueError(f"not a readable weight file, or one that was cut short ({type(error).__name__})") from error
 
 
 def load_found(backbone: Backbone, found: Found, source: str) -> LoadReport:

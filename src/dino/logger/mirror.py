@@ -189,7 +189,8 @@ def main() -> None:
     try:
         mirror(words.run.absolute(), words.tracker, ended)
     except Exception as error:  # of whatever kind a tracker's are; training repeats the last line
-        traceback.print_exc()
+        if words.parent is not None:  # into its log
+            traceback.print_exc()
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", flush=True)
         sys.exit(1)
 
