@@ -156,10 +156,8 @@ def _explain(error: Exception, usable: Sequence[Override]) -> tuple[Override | N
             because = "" if culprit else f" (chosen by {_parent_file(text)})"
             return culprit, option_problem(group, option) + because
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
-        return (
-            None,
-            f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem or _one_sentence(text)}",
-        )
+        mark = error.problem_mark
+        return None, f"{mark.name}, line {mark.line + 1}: {error.problem or _one_sentence(text)}"
     if isinstance(error, UnicodeDecodeError):
         return None, f"{_not_text()}: it is not text in UTF-8; save it as that"
     if inside := re.match(r"In '([^']+)': (.*)", text, re.DOTALL):

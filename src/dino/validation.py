@@ -7,7 +7,7 @@
 import fnmatch
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,10 @@ def checked(overrides: Sequence[str], *, paths: bool = True) -> tuple[DictConfig
         ConfigError: with all problems that were found.
     """
     config, problems = compose_or_explain(overrides)
-    findings = check(config, paths=paths) if config is not None else Findings()
-    # A key whose value could not be read is only said to be missing because of that.
-    unread = [word.partition("=")[0] for word in overrides if any(each.startswith(f"{word}: ") for each in problems)]
-    again = tuple(key + end for key in unread for end in ("=", ": "))
-    found = [problem for problem in findings.problems if not problem.startswith(again)]
-    if config is None or problems or found:
-        raise ConfigError(problems + found)
+    left_out = [word.partition("=")[0] for word in overrides if any(each.startswith(f"{word}: ") for each in problems)]
+    findings = check(config, paths=paths, without=left_out) if config is not None else Findings()
+    if config is None or problems or findings.problems:
+        raise ConfigError(problems + findings.problems)
     if problems := target_problems(config):
         raise ConfigError(problems)
     return config, findings.warnings
@@ -91,11 +88,18 @@ class _Config:
         return value[2:-1] if is_reference else key
 
 
-def check(config: DictConfig, *, paths: bool = True) -> Findings:
-    """Everything wrong with a composed config that shows without importing a target."""
+def check(config: DictConfig, *, paths: bool = True, without: Collection[str] = ()) -> Findings:
+    """Everything wrong with a composed config that shows without importing a target.
+
+    Args:
+        paths: data, checkpoint and weights must be there.
+        without: keys of which nothing is said, since what was typed for them could not be used.
+    """
     raw = leaves(raw_settings(config))
     values, problems, unresolved = {}, [], []
     for key, written in raw.items():
+        if key in without:
+            continue
         try:
             value = OmegaConf.select(config, key, throw_on_missing=True)
         except MissingMandatoryValue:
@@ -133,11 +137,10 @@ def _structure(config: _Config) -> Iterator[str]:
             where = group.replace(".", "/")
             yield f"{where}: a run needs one; choose {' or '.join(f'{where}={o}' for o in options_of(where))}"
     nodes = [key.removesuffix("._target_") for key in config.raw if key.endswith("._target_")]
-    misplaced = {key.split(".")[0]: key for key in config.raw if key.split(".")[0] in GLOBAL_GROUPS}
-    for group, key in misplaced.items():
-        yield f"{key}: the chosen file of conf/{group} must begin with '# @package _global_', as it sets keys of a run"
     for key, value in config.raw.items():
-        if key.split(".")[0] in misplaced:
+        group = key.split(".")[0]
+        if group in GLOBAL_GROUPS:
+            yield f"{group}: its file in conf/{group} must begin with '# @package _global_', as it sets keys of a run"
             continue
         parent = key.rpartition(".")[0]
         if key in TOP_LEVEL_KEYS or any(f"{key}.".startswith(f"{node}.") for node in nodes):
