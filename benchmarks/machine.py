@@ -41,9 +41,13 @@ def folder_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device_name(device).lower()).strip("_")
 
 
-def cpu_name() -> str:
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return found[1].strip() if found else "unknown CPU"
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """As the machine calls it; with family and model where a virtual machine calls all of a maker's alike."""
+    about = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+?)\s*$", cpuinfo.read_text(), re.MULTILINE))
+    name = about.get("model name", "unknown CPU")
+    if any(letter.isdigit() for letter in name) or "cpu family" not in about:
+        return name
+    return f"{name} (family {about['cpu family']}, model {about['model']})"
 
 
 def lightly_version() -> dict[str, str]:

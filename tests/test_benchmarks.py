@@ -13,7 +13,7 @@ import torch
 from command_line import REPOSITORY, finish, spawn
 from torch import Tensor
 
-from benchmarks import head_loss, layers, loss, profiling, results, step, training_steps, update, views
+from benchmarks import head_loss, layers, loss, machine, profiling, results, step, training_steps, update, views
 from benchmarks.cores import round_trip_ns
 from benchmarks.harness import Contender, ContenderError, Sampling, compare
 from benchmarks.summary import summarise
@@ -236,6 +236,16 @@ def test_figures_from_too_few_undisturbed_samples_are_marked() -> None:
     figures = summarise({"baseline": _measured([(2.0, True), (3.0, True), (4.0, False)])}, ("baseline",), min_clean=3)
     assert figures["baseline"]["noisy"]
     assert figures["baseline"]["seconds"]["median"] == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("AMD EPYC 9654 96-Core", "AMD EPYC 9654 96-Core"), ("AMD EPYC", "AMD EPYC (family 25, model 17)")],
+)
+def test_cpus_that_a_virtual_machine_calls_alike_are_told_apart(name: str, expected: str, tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: {name}\nstepping\t: 1\n" * 2)
+    assert machine.cpu_name(cpuinfo) == expected
 
 
 def test_a_slower_machine_around_a_sample_disturbs_it() -> None:
