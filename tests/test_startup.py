@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from command_line import DINO, REPOSITORY, finish, metrics, spawn, train
 
 from dino.signatures import MissingNameError, read_parameters
-from dino.start_up import StartUp
+from dino.start_up import OtherProcesses, StartUp
 from dino.targets import ALLOWED_PREFIXES, type_mismatch
 
 HEAVY = {"torch", "torchvision", "timm", "wandb", "sklearn", "scipy", "matplotlib", "pandas", "tensorboard"}
@@ -236,3 +237,34 @@ def test_a_second_run_in_a_process_counts_from_its_own_start() -> None:
     assert 0.05 < second.metrics()["perf/first_step_s"] < 10
     assert second.metrics() == {}
     assert str(second).startswith("done 0.1 s after the start (imports 0.1")
+
+
+@pytest.mark.parametrize(("num_threads", "told"), [(2, True), (1, False)])
+def test_threads_that_lose_their_cores_to_other_processes_are_told(
+    num_threads: int, told: bool, tmp_path: Path
+) -> None:
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        done = train("trainer.epochs=1", f"trainer.num_threads={num_threads}", cwd=tmp_path)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert done.returncode == 0
+    found = re.search(r"note        other processes keep ([\d.]+) of (\d+) cores busy, and (\d+) threads", done.stdout)
+    assert (found is not None) == told
+    if found:
+        assert float(found[1]) > 0.3 * float(found[2])  # our own work has the rest
+        assert "trainer.num_threads=1 may be faster" in done.stdout
+
+
+def test_work_of_children_is_not_that_of_others() -> None:
+    others, before, started = OtherProcesses(), sum(os.times()[:4]), time.perf_counter()
+    burn = "import time; end = time.perf_counter() + 1\nwhile time.perf_counter() < end: pass"
+    children = [subprocess.Popen([sys.executable, "-c", burn]) for _ in range(others.num_cores)]
+    for child in children:
+        child.wait()
+    busy, seconds = others.busy_cores(), time.perf_counter() - started
+    own = (sum(os.times()[:4]) - before) / seconds
+    assert own > 0.1 * others.num_cores
+    assert busy + own < others.num_cores + 0.3

@@ -124,6 +124,13 @@ def test_stages_are_those_of_one_core_and_views_are_handed_over_by_all_threads_o
     assert augmentation.seen == {1, 3}
 
 
+def test_a_batch_larger_than_the_set_is_refused_before_anything_is_measured() -> None:
+    done = command(*TINY, "dataset.batch_size=5000")
+    assert done.returncode == 2
+    assert "set dataset.batch_size to at most" in done.stderr
+    assert "measuring" not in done.stderr
+
+
 def test_on_a_set_in_memory_with_a_step_as_json() -> None:
     done = command(*TINY, "trainer.device=cpu", "--step", "--json", "--seconds", "0.05")
     assert done.returncode == 0, done.stderr

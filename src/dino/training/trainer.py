@@ -202,6 +202,8 @@ class Trainer:
             torch.cuda.synchronize(self.device)  # once in a process
         self.start_up.mark("first step")
         log.info("first step  %s", self.start_up)
+        if self.device.type == "cpu" and (notice := self.start_up.notice(torch.get_num_threads())):
+            log.info("note        %s", notice)
 
     def _log_statistics(self, output: StepOutput) -> None:
         seconds, steps = self.clock.lap(), self.step - self._last_logged_step
