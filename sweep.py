@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dino.exits import saying_interrupted
 from dino.launch import answering_bad_values
 from dino.sweep import commands
 
@@ -72,5 +73,5 @@ def collect(sweep: Sweep = None) -> None:
 
 
 if __name__ == "__main__":
-    with answering_bad_values():
+    with saying_interrupted(), answering_bad_values():
         app()

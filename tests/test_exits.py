@@ -1,10 +1,15 @@
 """How a command ends: at once, and with nothing left undone."""
 
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from command_line import DINO, finish, spawn
+
+from dino.exits import saying_interrupted
 
 
 @pytest.mark.parametrize(
@@ -38,3 +43,25 @@ def test_threads_and_handlers_come_to_their_end_and_the_code_is_kept(last_line: 
     assert words in done.stderr
     assert "thread\nhandler\n" in done.stderr
     assert ("taken apart" in done.stderr) == (words != ""), "only where Python has something to say itself"
+
+
+def test_ctrl_c_ends_a_command_with_a_word(tmp_path: Path) -> None:
+    process = spawn([DINO, "data", "bench", "--seconds", "60"], cwd=tmp_path)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("measuring")
+    process.send_signal(signal.SIGINT)
+    done = finish(process, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "words"),
+    [(KeyboardInterrupt(), 130, "interrupted\n"), (SystemExit(130), 130, "interrupted\n"), (SystemExit(2), 2, "")],
+)
+def test_only_what_was_interrupted_says_so(
+    ending: BaseException, code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop, saying_interrupted():
+        raise ending
+    assert stop.value.code == code
+    assert capsys.readouterr().err == words

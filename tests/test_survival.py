@@ -148,7 +148,7 @@ def test_what_changes_results_is_refused_unless_it_is_asked_for_by_name(undistur
     assert suggested[0] == "resume_changes=[dataset.batch_size,loss.teacher_temp,trainer.accumulate_steps]"
     other_meaning = train(*EVENTFUL, "resume_changes=[dataset]", "dataset.batch_size=64", cwd=tmp_path)
     assert other_meaning.returncode == 2
-    assert "another run_dir with resume=" in other_meaning.stderr
+    assert "use those, or go on in another run_dir with resume=" in other_meaning.stderr
     misspelt = train(*EVENTFUL, "resume_changes=[los.teacher_temp]", cwd=tmp_path)
     assert "did you mean loss.teacher_temp" in misspelt.stderr
     assert status(run_dir)["state"] == "finished", "a refused command has touched the record of the run"
@@ -476,6 +476,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_a_failure(small_disk: Path)
     result = train("run_dir=run", "head.out_dim=4096", cwd=small_disk)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "SaveError: checkpoint of step 12 needs" in result.stdout
+    assert "when that is put right, the same command goes on from the beginning" in result.stdout
     assert status(small_disk / "run")["state"] == "failed"
 
 
@@ -538,8 +539,38 @@ def test_without_any_valid_checkpoint_a_run_is_refused_not_started_anew(undistur
     result = train(*EVENTFUL, cwd=tmp_path)
     assert result.returncode == 2
     assert f"run_dir={run_dir}: none of its checkpoints is valid (" in result.stderr
-    assert f"; give resume=PATH of a good one, or remove {run_dir}/checkpoints to start anew" in result.stderr
+    assert f"; give resume=PATH of a good one, or remove {run_dir}/checkpoints and use resume=never" in result.stderr
     assert metrics(run_dir) == lines
+
+
+def test_a_run_whose_checkpoints_are_gone_is_refused_and_loses_nothing_when_it_starts_anew(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = copy_run(undisturbed, tmp_path, up_to=12)
+    before = (run_dir / "metrics.jsonl").read_text()
+    shutil.rmtree(run_dir / "checkpoints")
+    refused = train(*EVENTFUL, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert f"run_dir={run_dir}: it had a checkpoint of step 12, and now has none" in refused.stderr
+    assert "resume=never to start anew" in refused.stderr
+    assert (run_dir / "metrics.jsonl").read_text() == before
+    assert status(run_dir)["state"] == "finished"
+    anew = train(*EVENTFUL, "resume=never", cwd=tmp_path)
+    assert anew.returncode == 0, anew.stderr
+    assert (run_dir / "checkpoints" / "abandoned" / "metrics.jsonl").read_text() == before
+    assert_same_run(run_dir, undisturbed)
+
+
+def test_what_a_finished_run_has_said_stays_when_its_metrics_are_gone(undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = copy_run(undisturbed, tmp_path, up_to=12)
+    before = (run_dir / "training_summary.json").read_text()
+    (run_dir / "report.html").write_text("what was found")
+    (run_dir / "metrics.jsonl").unlink()
+    result = train(*EVENTFUL, "monitor.report=true", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "metrics.jsonl has lost lines: 0 of " in result.stdout
+    assert (run_dir / "training_summary.json").read_text() == before
+    assert (run_dir / "report.html").read_text() == "what was found"
 
 
 # ---------------------------------------------------------------------- not finite
@@ -645,7 +676,9 @@ def test_a_rank_that_dies_takes_the_other_down_and_is_named(tmp_path: Path, kill
     assert results[1].returncode == (-signal.SIGKILL if killed else 1)
     record = status(tmp_path / "run")
     assert record["state"] == "failed"
-    if not killed:
+    if killed:
+        assert "the connection to another rank is lost: it was killed" in record["reason"]
+    else:
         assert record["reason"] == "rank 1: RuntimeError: this rank has had enough"
         assert "this rank has had enough" in results[1].stderr
         assert "this rank has had enough" in (tmp_path / "run" / "train.log").read_text()

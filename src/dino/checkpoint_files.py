@@ -204,12 +204,26 @@ def set_aside(directory: Path, after: int) -> list[Path]:
     return moved
 
 
+def set_metrics_aside(directory: Path) -> Path:
+    """Moves the run's metrics to `abandoned/`, durably: all that is left where somebody has removed the checkpoints."""
+    metrics = directory.parent / "metrics.jsonl"
+    target = _free_name(metrics.name, directory / "abandoned")
+    if metrics.exists():
+        move(metrics, target)
+    return target
+
+
+def _free_name(name: str, folder: Path) -> Path:
+    """`name` in `folder`, which is made, or the first of `name.1`, `name.2` ... that nothing there has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+    candidates = itertools.chain([path], numbered)
+    return next(new for new in candidates if not (new.exists() or new.with_suffix(".json").exists()))
+
+
 def _abandon(path: Path, *, with_metrics: bool) -> Path:
-    folder, sidecar = path.parent / "abandoned", path.with_suffix(".json")
-    folder.mkdir(exist_ok=True)
-    names = itertools.chain([path.name], (f"{path.stem}.{number}.pt" for number in itertools.count(1)))
-    candidates = (folder / name for name in names)
-    target = next(new for new in candidates if not (new.exists() or new.with_suffix(".json").exists()))
+    sidecar, target = path.with_suffix(".json"), _free_name(path.name, path.parent / "abandoned")
     # Copied before the checkpoint moves, and the sidecar removed after: whenever this stops, they are beside it.
     copies = {sidecar: ".json"}
     if with_metrics:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from dino import trained_commands
-from dino.exits import leaving_at_once
+from dino.exits import leaving_at_once, saying_interrupted
 
 if TYPE_CHECKING:
     from dino.augmentation import ViewBatch
@@ -266,5 +266,5 @@ def tune_batch_command(
 
 def main() -> None:
     """The command `dino`."""
-    with leaving_at_once():
+    with saying_interrupted(), leaving_at_once():
         app()

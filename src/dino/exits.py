@@ -30,6 +30,18 @@ def leaving_at_once() -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def saying_interrupted() -> Iterator[None]:
+    """Commands that Ctrl-C ends say so, also where typer has made an exit code of it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != EXIT_INTERRUPTED:
+            raise
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+
+
 def _leave(codes: list[int]) -> None:
     if not codes:
         return

@@ -60,6 +60,7 @@ def main(task: Task) -> Callable[[], None]:
                     processes = Processes.from_environment()
                 _start(processes)
             except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)  # before a run has begun, which says more
                 raise SystemExit(EXIT_INTERRUPTED) from None
 
     def _start(processes: Processes) -> None:

@@ -29,6 +29,7 @@ from dino.processes import Processes
 log = logging.getLogger("dino")
 
 LOCK = ".lock"
+LOST_RANK = ("Connection reset by peer", "Connection closed by peer")  # in what gloo and NCCL say
 LOCK_WAIT_S = 10  # for a process before this one that is on its way out
 
 
@@ -111,7 +112,7 @@ class Run:
         log.addHandler(self._file)
         if earlier.get("state") == "running" and self.processes.is_main:
             log.info("note        the attempt before this one ended without a word: killed, or the machine went down")
-        self.update(state="running", step=step)
+        self.update(state="running", step=step, saved_step=earlier.get("saved_step"))
 
     def _lock(self) -> None:
         """Holds the directory for this process, whose end, whatever it is, lets go of it.
@@ -201,12 +202,20 @@ class Run:
         # A ValueError is a sentence for the user.
         of_all = isinstance(error, CollapseError)
         named = str(error) if of_all or isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        if self.processes.several and any(words in str(error) for words in LOST_RANK):
+            named = (
+                "the connection to another rank is lost: it was killed (out of memory?), or its machine went down; "
+                "the same command goes on from the newest checkpoint"
+            )
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else named
         reason = f"rank {self.processes.rank}: {reason}" if self.processes.several and not of_all else reason
         # When one rank fails, the others lose their connection to it; what counts is the failure that came first.
-        first = not (self.processes.several and read_status(self.directory).get("state") == "failed")
+        known = read_status(self.directory)
+        first = not (self.processes.several and known.get("state") == "failed")
         if first and self._file is not None:
             self.status |= {"state": "failed", "reason": reason, "exit_code": exit_code(error)}
+            if not self.processes.is_main:
+                self.status["saved_step"] = known.get("saved_step")  # rank 0 saves
             self._write_status()
         if of_all:
             log.error("stopped     %s", reason)

@@ -164,7 +164,8 @@ def peak_memory_gib(device: torch.device) -> float:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)"
+    count = torch.get_num_threads()
+    return f"cpu ({count} thread{'s' if count > 1 else ''})"
 
 
 def provenance() -> dict[str, str]:

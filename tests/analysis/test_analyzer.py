@@ -91,6 +91,20 @@ def test_the_state_in_words(tmp_path: Path, state: str, words: str) -> None:
     assert words in analysis_of(tmp_path, steps=300, state=state, reason=reason).state
 
 
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [(True, "The same command goes on from its newest checkpoint."), (False, "The same command begins anew")],
+)
+def test_what_the_same_command_would_do(tmp_path: Path, saved: bool, words: str) -> None:
+    analysis = analysis_of(tmp_path, steps=300, state="preempted", reason="SIGTERM")
+    checkpoint = analysis.history.directory / "checkpoints" / "step_00000300.pt"
+    checkpoint.parent.mkdir(exist_ok=True)
+    checkpoint.unlink(missing_ok=True)
+    if saved:
+        checkpoint.touch()
+    assert words in analyse(History.load(analysis.history.directory)).state
+
+
 def test_a_run_with_a_status_alone(tmp_path: Path) -> None:
     run_dir = run_directory(tmp_path / "run", steps=0, state="created")
     for name in ("metrics.jsonl", "config.yaml"):

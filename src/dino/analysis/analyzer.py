@@ -138,12 +138,13 @@ def analyse(history: History) -> Analysis:
 def _state(history: History) -> str:
     place = f"step {history.step}" + (f" of {history.total_steps}" if history.total_steps else "")
     reason = f": {history.status['reason']}" if history.status.get("reason") else ""
+    saved = any((history.directory / "checkpoints").glob("step_*.pt"))
+    again = f"The same command {'goes on from its newest checkpoint' if saved else 'begins anew: nothing was saved'}."
     sentences = {
         "created": "It has not begun yet.",
         "running": f"It is running, at {place}.",
-        "died": f"It died without a word at {place}: killed, or the machine went down. The same command goes on from "
-        "its newest checkpoint.",
-        "preempted": f"It was preempted at {place}{reason}. The same command goes on from its newest checkpoint.",
+        "died": f"It died without a word at {place}: killed, or the machine went down. {again}",
+        "preempted": f"It was preempted at {place}{reason}. {again}",
         "finished": f"It has finished at {place}{reason}.",
         "failed": f"It failed at {place}{reason}{_where_more(history)}.",
     }

@@ -102,6 +102,8 @@ def read_file(path: Path) -> object:
         if (path / "checkpoints").is_dir():
             raise ValueError("it is a run directory; name a checkpoint in it, such as checkpoints/last.pt")
         inside = [path / name for name in FOLDER_FILES if (path / name).is_file()]
+        if not inside and (path / "status.json").is_file():
+            raise ValueError("this run has saved no checkpoint yet")
         if not inside:
             raise ValueError(
                 f"the folder is neither a run directory (no checkpoints) nor one of Hugging Face (no {FOLDER_FILES[0]})"

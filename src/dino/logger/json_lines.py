@@ -35,7 +35,8 @@ class JSONLinesLogger(Logger):
             lines = read_lines(path) if context.first_step > 0 and path.exists() else []
             known = sum(line["step"] <= context.first_step for line in lines)
         self._num_lines = keep_first_lines(path, known)
-        if self._num_lines < known and path.exists():
+        resumed_here = path.exists() or any((context.run_dir / "checkpoints").glob("step_*.pt"))
+        if self._num_lines < known and resumed_here:
             log.warning("metrics.jsonl has lost lines: %d of %d are left", self._num_lines, known)
         self._steps_per_epoch = context.steps_per_epoch
         self._file = path.open("ab", buffering=0)

@@ -150,6 +150,10 @@ class CheckpointStore:
         there; when nobody writes."""
         return checkpoint_files.set_aside(self.directory, after)
 
+    def set_metrics_aside(self) -> Path:
+        """Moves the metrics of a run whose checkpoints were removed to `abandoned/`; returns their name there."""
+        return checkpoint_files.set_metrics_aside(self.directory)
+
     def tidy(self) -> None:
         """Removes what killed processes left behind; for the start of a run, when nobody writes."""
         checkpoint_files.tidy(self.directory)

@@ -1,6 +1,7 @@
 """Where a run starts from."""
 
 import logging
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from omegaconf import DictConfig
 
 from dino import ranks
 from dino.config import differences, raw_settings, referenced_keys
-from dino.messages import did_you_mean
+from dino.messages import did_you_mean, show
 from dino.presets import leaves
+from dino.run import read_status
 from dino.training import checkpoint
 from dino.training.state import restore
 from dino.training.trainer import Trainer
@@ -28,7 +30,7 @@ BEFORE_IT_WAS_A_KEY: dict[str, Any] = {
 def resume_or_start(trainer: Trainer, config: DictConfig) -> None:
     """Puts the trainer where the run starts.
 
-    - `resume=auto`: the newest valid checkpoint in the run directory; where there is none, step 0, from
+    - `resume=auto`: the newest valid checkpoint in the run directory; where there never was one, step 0, from
       `backbone.weights` where given (loaded when the backbone was built).
     - `resume=PATH`: that checkpoint. The same command given again (by hand, or by a scheduler) goes on from the newest
       checkpoint that has come of it. A PATH in the run directory itself goes back: newer checkpoints are set aside.
@@ -36,8 +38,8 @@ def resume_or_start(trainer: Trainer, config: DictConfig) -> None:
 
     Raises:
         ValueError: for `resume=never` or a PATH from elsewhere in a run directory that has checkpoints of its own, for
-            checkpoints none of which is valid, for one that was made with other settings that change results, unless
-            `resume_changes` names them, and for one beyond the end of the run.
+            checkpoints none of which is valid, or all of which are gone, for one that was made with other settings
+            that change results, unless `resume_changes` names them, and for one beyond the end of the run.
     """
     newest = _newest(trainer, needed=config.resume in ("auto", "never"))
     if config.resume == "never":
@@ -47,6 +49,8 @@ def resume_or_start(trainer: Trainer, config: DictConfig) -> None:
                 "use resume=auto to continue it, or another run_dir"
             )
         return
+    if config.resume == "auto" and newest is None:
+        _refuse_to_lose(trainer)
     path = newest if config.resume == "auto" else _path_or_what_came_of_it(trainer, Path(config.resume), newest)
     if path is None:
         return
@@ -78,7 +82,7 @@ def _newest(trainer: Trainer, *, needed: bool) -> Path | None:
         try:
             found = trainer.checkpoints.newest_valid()
         except ValueError as error:
-            remedy = f"give resume=PATH of a good one, or remove {trainer.checkpoints.directory} to start anew"
+            remedy = f"give resume=PATH of a good one, or remove {trainer.checkpoints.directory} and use resume=never"
             found = ValueError(f"run_dir={error}; {remedy}")
     found = ranks.from_main(found)
     if isinstance(found, ValueError):
@@ -86,6 +90,16 @@ def _newest(trainer: Trainer, *, needed: bool) -> Path | None:
             raise found
         return None
     return found
+
+
+def _refuse_to_lose(trainer: Trainer) -> None:
+    """A run that has saved does not start anew because somebody has removed what it saved."""
+    saved = ranks.from_main(read_status(trainer.run.directory).get("saved_step"))
+    if saved is not None:
+        raise ValueError(
+            f"run_dir={trainer.run.directory}: it had a checkpoint of step {saved}, and now has none; put one back, "
+            "give resume=PATH of another, or resume=never to start anew"
+        )
 
 
 def _path_or_what_came_of_it(trainer: Trainer, path: Path, newest: Path | None) -> Path:
@@ -116,12 +130,13 @@ def _refuse_changes(trainer: Trainer, path: Path, state: Mapping[str, Any], conf
     needs_directory = _steps_differ(trainer, state) and (trainer.run.directory / "metrics.jsonl").exists()
     if refused or needs_directory:
         causes = [key for key in changed if not _follows(key, [other for other in changed if other != key], config)]
-        advice = f"resume_changes=[{','.join(causes)}]"
+        advice = ["change them on purpose with", shlex.quote(f"resume_changes={show(causes)}")] if refused else []
         if needs_directory:
-            advice += f" and, since the files here count steps of other images, another run_dir with resume={path}"
+            advice += ["and"] if refused else ["go on"]
+            advice += [f"in another run_dir with resume={path}, since the files here count steps of other images"]
         raise ValueError(
             f"resume={path}: the checkpoint was made with other settings: {'; '.join(changed.values())}; "
-            f"use those, or change them on purpose with {advice}"
+            f"use those, or {' '.join(advice)}"
         )
     for line in changed.values():
         log.warning("changed     %s", line)

@@ -26,6 +26,10 @@ def summarise_run(trainer: Trainer) -> None:
     if not trainer.run.processes.is_main:
         return
     lines = read_lines(run_dir / "metrics.jsonl")
+    path = run_dir / "training_summary.json"
+    if not lines and path.exists():
+        log.warning("kept        %s, as metrics.jsonl is empty", path)
+        return
     summary = {
         "steps": trainer.step,
         "epochs": trainer.step / trainer.steps_per_epoch,
@@ -37,7 +41,7 @@ def summarise_run(trainer: Trainer) -> None:
         "verdicts": dict(trainer.health.counts),
         "metrics": summarise(lines),
     }
-    write_json(run_dir / "training_summary.json", summary)
+    write_json(path, summary)
     for line in closing_words(trainer, summary, lines):
         log.info(line)
 
@@ -56,10 +60,13 @@ def leaving_report(run_dir: Path, *, wanted: bool) -> Iterator[None]:
 
 
 def _leave_report(run_dir: Path) -> None:
-    """Writes it and says where it is; a failure is said, and is no more."""
+    """Writes it and says where it is; a failure is said, and is no more. One without a line would say nothing, and
+    takes the place of none."""
     from dino.analysis import write_report  # here, since drawing needs packages that training does not
 
     try:
+        if (run_dir / "report.html").exists() and not read_lines(run_dir / "metrics.jsonl"):
+            return
         print(f"report      {write_report([run_dir])}", flush=True)
     except Exception:  # whatever it is, the run itself is complete
         with contextlib.suppress(OSError), (run_dir / "train.log").open("a") as file:
@@ -115,7 +122,7 @@ def closing_words(trainer: Trainer, summary: dict[str, Any], lines: list[dict[st
     ]
     if not trainer.early_stopping.exhausted:  # it would stop again
         whole = trainer.options.epochs * trainer.steps_per_epoch == trainer.total_steps
-        more = "trainer.epochs=MORE resume_changes=[trainer.epochs]" if whole else "trainer.max_steps=MORE"
+        more = "trainer.epochs=MORE 'resume_changes=[trainer.epochs]'" if whole else "trainer.max_steps=MORE"
         command = f"python train.py <same overrides> {as_override('run_dir', run_dir)} resume=auto"
         words.append(f"longer      {command} {more}")
     return words

@@ -21,7 +21,7 @@ from dino.optimizer import half_life_steps
 from dino.run import CollapseError, Run
 from dino.runtime import what_lives_stays
 from dino.start_up import StartUp
-from dino.training.checkpoint import CheckpointStore
+from dino.training.checkpoint import CheckpointStore, SaveError
 from dino.training.clock import TrainingClock
 from dino.training.evaluate import evaluate
 from dino.training.health_watch import HealthWatch
@@ -187,8 +187,10 @@ class Trainer:
             for path in self.checkpoints.set_aside(after=self.step):
                 log.warning("set aside   %s: newer than where the run goes on, or damaged", path)
             self.checkpoints.point_best_to(self.early_stopping.best_step)
+            if self.step == 0 and self.run.status.get("saved_step"):
+                log.warning("set aside   %s: of the run that was here", self.checkpoints.set_metrics_aside())
         self._last_logged_step = self.step
-        self.run.update(total_steps=self.total_steps)
+        self.run.update(total_steps=self.total_steps, saved_step=self.checkpoints.saved_step)
         context = RunContext(self.run.directory, self.step, self.total_steps, self.steps_per_epoch)
         for logger in self.loggers:
             logger.start(context)
@@ -218,7 +220,7 @@ class Trainer:
         metrics |= self.train_step.timer.lap(steps) | memory_statistics(self.device) | self.start_up.metrics()
         self.early_stopping.check(metrics)
         self._log(metrics)
-        self.run.update(step=self.step)
+        self.run.update(step=self.step, saved_step=self.checkpoints.saved_step)
 
     def _log(self, metrics: dict[str, float]) -> None:
         self.latest |= metrics
@@ -241,8 +243,11 @@ class Trainer:
         if self._changed or ranks.from_main(self.checkpoints.saved_step != self.step):
             self.save()
             self.checkpoints.wait()
-        error, saved = self.checkpoints.take_error(), self.checkpoints.saved_step == self.step
-        error = ranks.from_main(None if saved else error)
+        error, newest = self.checkpoints.take_error(), self.checkpoints.saved_step
+        if error is not None:
+            place = "the beginning" if newest is None else f"step {newest}"
+            error = SaveError(f"{error}; when that is put right, the same command goes on from {place}")
+        error = ranks.from_main(None if newest == self.step else error)
         if error is not None:
             raise error
         if self.early_stopping.exhausted:
@@ -256,7 +261,7 @@ class Trainer:
         for logger in self.loggers:
             logger.close()
         self.checkpoints.wait()
-        self.run.status["step"] = self.step
+        self.run.status |= {"step": self.step, "saved_step": self.checkpoints.saved_step}
 
     # ------------------------------------------------------------------ evaluate, save
 
