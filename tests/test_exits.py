@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,15 @@ def test_threads_and_handlers_come_to_their_end_and_the_code_is_kept(last_line: 
     assert ("taken apart" in done.stderr) == (words != ""), "only where Python has something to say itself"
 
 
+@pytest.fixture
+def heeded_ctrl_c() -> Iterator[None]:
+    """What a shell starts in the background ignores it, and so would what the tests start from there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_ctrl_c")
 def test_ctrl_c_ends_a_command_with_a_word(tmp_path: Path) -> None:
     process = spawn([DINO, "data", "bench", "--seconds", "60"], cwd=tmp_path)
     assert process.stderr is not None

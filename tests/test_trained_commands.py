@@ -65,6 +65,17 @@ def test_classes_are_written_and_add_up(runs: Path) -> None:
     assert "Which classes are taken for which" in (runs / "first" / "report.html").read_text()
 
 
+def test_a_run_without_its_config_and_one_without_a_checkpoint_are_named(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "first", tmp_path / "run", symlinks=True)
+    (tmp_path / "run" / "config.yaml").unlink()
+    code, _, stderr = dino("evaluate", "run", cwd=tmp_path)
+    assert (code, "error: run/config.yaml is gone" in stderr) == (2, True), stderr
+    named = dino("evaluate", "run/checkpoints/last.pt", "dataset=digits", cwd=tmp_path)
+    assert named[0] == 0, named[2]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert "this run has saved no checkpoint yet" in dino("evaluate", "run", cwd=tmp_path)[2]
+
+
 def test_student_other_settings_and_other_data_have_files_of_their_own(runs: Path, tmp_path: Path) -> None:
     for split, count in (("train", 12), ("val", 6)):
         for number in range(count):
@@ -246,6 +257,7 @@ def test_a_narrow_terminal_shows_what_was_typed(runs: Path, tmp_path: Path) -> N
 def test_results_name_what_is_not_there(runs: Path, tmp_path: Path) -> None:
     assert dino("results", str(tmp_path), cwd=runs)[2].startswith(f"error: {tmp_path}: no run is in it")
     assert "did you mean val/knn_top1" in dino("results", ".", "--sort", "val/kn_top1", cwd=runs)[2]
+    assert "one of run, state, step, time_s, val/knn_top1" in dino("results", ".", "--sort", "foo", cwd=runs)[2]
     assert "--metric val/knn_tpo1: no run has it" in dino("results", ".", "--metric", "val/knn_tpo1", cwd=runs)[2]
 
 

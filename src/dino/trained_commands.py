@@ -64,7 +64,9 @@ def evaluate(
         of_run = (place for place in places if trained.run_settings and (place / "config.yaml").is_file())
         run = next(of_run, None)
         if run is None and (weights / "checkpoints").is_dir():
-            raise ValueError(f"{weights}/config.yaml is gone, which says on which images; name a checkpoint instead")
+            raise ValueError(
+                f"{weights}/config.yaml is gone, which says on which images: name a checkpoint in it, and dataset=NAME"
+            )
         names = [name.strip() for name in protocol.split(",")]
         evaluation = evaluate_trained(trained, run, names, overrides or [])
     if not evaluation.is_main:

@@ -103,7 +103,11 @@ def collect_results(folder: Path, metrics: Sequence[str] = (), sort: str | None 
     results = Results(list(settings), shown, rows, list(order))
     if sort is not None:
         if sort not in results.columns:
-            raise ValueError(f"--sort {sort}: there is no such column{did_you_mean(sort, results.columns)}")
+            hint = (
+                did_you_mean(sort, results.columns)
+                or f"; use the key of a setting or one of {', '.join([*FACTS, *first])}"
+            )
+            raise ValueError(f"--sort {sort}: there is no such column{hint}")
         _sort(rows, sort)
     return results
 
