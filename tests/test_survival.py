@@ -677,7 +677,7 @@ def test_a_rank_that_dies_takes_the_other_down_and_is_named(tmp_path: Path, kill
     record = status(tmp_path / "run")
     assert record["state"] == "failed"
     if killed:
-        assert "the connection to another rank is lost: it was killed" in record["reason"]
+        assert "the connection to another rank is lost: it has failed, was killed" in record["reason"]
     else:
         assert record["reason"] == "rank 1: RuntimeError: this rank has had enough"
         assert "this rank has had enough" in results[1].stderr

@@ -204,12 +204,13 @@ def set_aside(directory: Path, after: int) -> list[Path]:
     return moved
 
 
-def set_metrics_aside(directory: Path) -> Path:
+def set_metrics_aside(directory: Path) -> Path | None:
     """Moves the run's metrics to `abandoned/`, durably: all that is left where somebody has removed the checkpoints."""
     metrics = directory.parent / "metrics.jsonl"
+    if not metrics.exists():
+        return None
     target = _free_name(metrics.name, directory / "abandoned")
-    if metrics.exists():
-        move(metrics, target)
+    move(metrics, target)
     return target
 
 

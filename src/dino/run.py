@@ -29,7 +29,7 @@ from dino.processes import Processes
 log = logging.getLogger("dino")
 
 LOCK = ".lock"
-LOST_RANK = ("Connection reset by peer", "Connection closed by peer")  # in what gloo and NCCL say
+LOST_RANK = ("Connection reset by peer", "Connection closed by peer", "ncclRemoteError")  # as gloo and NCCL say it
 LOCK_WAIT_S = 10  # for a process before this one that is on its way out
 
 
@@ -204,8 +204,8 @@ class Run:
         named = str(error) if of_all or isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         if self.processes.several and any(words in str(error) for words in LOST_RANK):
             named = (
-                "the connection to another rank is lost: it was killed (out of memory?), or its machine went down; "
-                "the same command goes on from the newest checkpoint"
+                "the connection to another rank is lost: it has failed, was killed (out of memory?), or its machine "
+                "went down; the same command goes on from the newest checkpoint"
             )
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else named
         reason = f"rank {self.processes.rank}: {reason}" if self.processes.several and not of_all else reason

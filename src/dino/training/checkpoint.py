@@ -150,8 +150,8 @@ class CheckpointStore:
         there; when nobody writes."""
         return checkpoint_files.set_aside(self.directory, after)
 
-    def set_metrics_aside(self) -> Path:
-        """Moves the metrics of a run whose checkpoints were removed to `abandoned/`; returns their name there."""
+    def set_metrics_aside(self) -> Path | None:
+        """Moves the metrics of a run whose checkpoints were removed to `abandoned/`; their name there, if any."""
         return checkpoint_files.set_metrics_aside(self.directory)
 
     def tidy(self) -> None:

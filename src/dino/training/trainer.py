@@ -187,8 +187,8 @@ class Trainer:
             for path in self.checkpoints.set_aside(after=self.step):
                 log.warning("set aside   %s: newer than where the run goes on, or damaged", path)
             self.checkpoints.point_best_to(self.early_stopping.best_step)
-            if self.step == 0 and self.run.status.get("saved_step"):
-                log.warning("set aside   %s: of the run that was here", self.checkpoints.set_metrics_aside())
+            if self.step == 0 and self.run.status.get("saved_step") and (kept := self.checkpoints.set_metrics_aside()):
+                log.warning("set aside   %s: of the run that was here", kept)
         self._last_logged_step = self.step
         self.run.update(total_steps=self.total_steps, saved_step=self.checkpoints.saved_step)
         context = RunContext(self.run.directory, self.step, self.total_steps, self.steps_per_epoch)
