@@ -127,6 +127,7 @@ def data_bench(
 
     from dino.config import build
     from dino.dataset import bench
+    from dino.dataset.sampler import steps_per_epoch
     from dino.launch import answering_bad_values
     from dino.training.assemble import prepare_process
 
@@ -134,9 +135,10 @@ def data_bench(
     with answering_bad_values():
         precision = prepare_process(build(config, "trainer"))
         dataset = build(config, "dataset")
+        num_batches = steps_per_epoch(len(dataset.train()), dataset.batch_size)  # refuses what is too large a batch
         mean, std = dataset.normalization()
         augmentation = build(config, "augmentation", mean=mean, std=std)
-        train_step = _training_step(config, precision, len(dataset.train())) if step else None
+        train_step = _training_step(config, precision, num_batches) if step else None
         report = bench(
             dataset,
             augmentation,
@@ -155,7 +157,7 @@ def data_bench(
     Console().print(table)
 
 
-def _training_step(config: DictConfig, precision: "Precision", num_images: int) -> "Callable[[ViewBatch], object]":
+def _training_step(config: DictConfig, precision: "Precision", steps_per_epoch: int) -> "Callable[[ViewBatch], object]":
     """A step of a freshly initialised run, numbered from 0 again and again."""
     from dino.config import build
     from dino.runtime import set_seeds
@@ -163,7 +165,6 @@ def _training_step(config: DictConfig, precision: "Precision", num_images: int) 
 
     options, batch_size = build(config, "trainer"), config.dataset.batch_size
     set_seeds(config.seed)
-    steps_per_epoch = max(1, num_images // (batch_size * options.accumulate_steps))
     step = build_step(config, options, precision, steps_per_epoch, batch_size)
     return lambda views: step(0, [views])
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from dino.augmentation import MultiCrop, ViewBatch
 from dino.dataset.base import ImageDataset
 from dino.dataset.loader import TrainLoader
-from dino.dataset.sampler import ShuffledSampler, steps_per_epoch
+from dino.dataset.sampler import ShuffledSampler
 from dino.dataset.source import Source, UnreadableImage
 
 MAX_IMAGES: Final = 64  # of a batch whose stages are timed one by one
@@ -123,7 +123,6 @@ def bench(
         ValueError: there are not enough images for one batch, or none of a batch can be read.
     """
     source, num_cores = dataset.train(), len(os.sched_getaffinity(0))
-    steps_per_epoch(len(source), dataset.batch_size)  # refuses before anything is measured
     tell("stages, on one core")
     stages, views = _stages(source, dataset, augmentation, device, seed, seconds)
 
